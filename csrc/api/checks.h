@@ -1,0 +1,169 @@
+// Host checks shared by every operator and backend. A failed check throws before anything is written, with one
+// message: "lil::OPERATOR: ARGUMENT: expected ..., got ...".
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "params.h"
+
+namespace lil {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+[[noreturn]] inline void fail(const char* op, const char* arg, const std::string& expected, const std::string& got) {
+  throw std::runtime_error(std::string("lil::") + op + ": " + arg + ": expected " + expected + ", got " + got);
+}
+
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
+// The message is built only when the check fails: the hot path pays for a comparison.
+#define LIL_CHECK(condition, op, arg, expected, got)             \
+  do {                                                           \
+    if (!(condition)) [[unlikely]] ::lil::fail(op, arg, expected, got); \
+  } while (false)
+
+inline std::string shape_text(const Tensor& t) {
+  std::ostringstream out;
+  out << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << "]";
+  return out.str();
+}
+
+inline std::string device_text(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return text(t.is_cuda() ? "cuda:" : "device ", static_cast<int>(t.get_device_index()));
+}
+
+// -1 in `sizes` accepts any size. `meaning` names the dimensions, such as "[batch, q_heads, head_dim]".
+inline void check_shape(const Tensor& t, const char* op, const char* arg, const char* meaning,
+                        std::initializer_list<int64_t> sizes) {
+  bool ok = t.dim() == static_cast<int64_t>(sizes.size());
+  int64_t i = 0;
+  if (ok) {
+    for (int64_t size : sizes) {
+      ok = ok && (size < 0 || t.size(i) == size);
+      ++i;
+    }
+  }
+  if (ok) [[likely]] return;
+  std::ostringstream want;
+  i = 0;
+  for (int64_t size : sizes) {
+    want << (i++ ? ", " : "");
+    size < 0 ? want << "*" : want << size;
+  }
+  fail(op, arg, text("shape ", meaning, " = [", want.str(), "]"), shape_text(t));
+}
+
+inline void check_dtype(const Tensor& t, const char* op, const char* arg, ScalarType dtype) {
+  LIL_CHECK(t.scalar_type() == dtype, op, arg, torch::headeronly::toString(dtype),
+            torch::headeronly::toString(t.scalar_type()));
+}
+
+inline DType check_float_dtype(const Tensor& t, const char* op, const char* arg) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      fail(op, arg, "dtype float32, float16 or bfloat16", torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
+inline void check_device(const Tensor& t, const Tensor& like, const char* op, const char* arg) {
+  LIL_CHECK(t.is_cpu() == like.is_cpu() && (t.is_cpu() || t.get_device_index() == like.get_device_index()), op, arg,
+            text("device ", device_text(like)), device_text(t));
+}
+
+inline void check_last_contiguous(const Tensor& t, const char* op, const char* arg) {
+  const int64_t last = t.dim() - 1;
+  LIL_CHECK(t.size(last) <= 1 || t.stride(last) == 1, op, arg, "a contiguous last dimension",
+            text("stride ", t.stride(last)));
+}
+
+// A contiguous int32 (or other) tensor of the given shape on the given device.
+inline void check_dense(const Tensor& t, const Tensor& like, const char* op, const char* arg, const char* meaning,
+                        std::initializer_list<int64_t> sizes, ScalarType dtype = ScalarType::Int) {
+  check_device(t, like, op, arg);
+  check_dtype(t, op, arg, dtype);
+  check_shape(t, op, arg, meaning, sizes);
+  LIL_CHECK(t.is_contiguous(), op, arg, "a contiguous tensor", "a strided one");
+}
+
+inline void check_page_size(int64_t page_size, const char* op, const char* arg) {
+  LIL_CHECK(page_size >= 8 && page_size <= 128 && (page_size & (page_size - 1)) == 0, op, arg,
+            "a page size that is a power of two from 8 to 128", text(page_size));
+}
+
+inline void check_head_dim(int64_t head_dim, const char* op, const char* arg) {
+  LIL_CHECK(head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128 || head_dim == 192 || head_dim == 256,
+            op, arg, "a head_dim of 64, 80, 96, 128, 192 or 256", text(head_dim));
+}
+
+inline const int32_t* int32_data(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
+
+// [batch, max_pages], or [batch, kv_heads, max_pages] where heads have tables of their own.
+inline PageTable make_page_table(const Tensor& t, const Tensor& like, const char* op, int64_t batch, int64_t kv_heads) {
+  const char* arg = "page_table";
+  check_device(t, like, op, arg);
+  check_dtype(t, op, arg, ScalarType::Int);
+  const bool per_head = t.dim() == 3;
+  if (per_head) {
+    check_shape(t, op, arg, "[batch, kv_heads, max_pages]", {batch, kv_heads, -1});
+  } else {
+    check_shape(t, op, arg, "[batch, max_pages]", {batch, -1});
+  }
+  check_last_contiguous(t, op, arg);
+  return {int32_data(t), t.stride(0), per_head ? t.stride(1) : 0, t.size(per_head ? 2 : 1)};
+}
+
+// Both buffers of one layer's cache; shapes [num_pages, kv_heads, page_size, head_dim].
+inline KvCache make_kv_cache(const Tensor& k, const Tensor& v, const char* op) {
+  const char* meaning = "[num_pages, kv_heads, page_size, head_dim]";
+  check_shape(k, op, "k_cache", meaning, {-1, -1, -1, -1});
+  check_shape(v, op, "v_cache", meaning, {k.size(0), k.size(1), k.size(2), k.size(3)});
+  check_device(v, k, op, "v_cache");
+  const DType dtype = check_float_dtype(k, op, "k_cache");
+  check_dtype(v, op, "v_cache", k.scalar_type());
+  check_page_size(k.size(2), op, "k_cache");
+  check_head_dim(k.size(3), op, "k_cache");
+  check_last_contiguous(k, op, "k_cache");
+  check_last_contiguous(v, op, "v_cache");
+  return {{const_cast<void*>(k.const_data_ptr()), k.stride(0), k.stride(1), k.stride(2)},
+          {const_cast<void*>(v.const_data_ptr()), v.stride(0), v.stride(1), v.stride(2)},
+          k.size(0),
+          k.size(1),
+          k.size(2),
+          k.size(3),
+          dtype};
+}
+
+inline Summary make_summary(const Tensor& t, const Tensor& like, const char* op, int64_t num_pages, int64_t kv_heads,
+                            int64_t head_dim, ScalarType dtype) {
+  const char* arg = "summary";
+  check_device(t, like, op, arg);
+  check_dtype(t, op, arg, dtype);
+  check_shape(t, op, arg, "[num_pages, kv_heads, 2, head_dim]", {num_pages, kv_heads, 2, head_dim});
+  check_last_contiguous(t, op, arg);
+  LIL_CHECK(t.stride(2) == head_dim, op, arg, "its last two dimensions contiguous", text("stride ", t.stride(2)));
+  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1)};
+}
+
+}  // namespace lil

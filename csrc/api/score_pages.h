@@ -1,0 +1,53 @@
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+
+#include "api/append_kv.h"
+#include "api/checks.h"
+
+namespace lil {
+
+template <class Backend>
+Tensor score_pages(const Tensor& q, const Tensor& summary, const Tensor& page_table, const Tensor& seq_lens,
+                   int64_t page_size, std::optional<double> scale, const std::string& mode) {
+  const char* op = "score_pages";
+  check_shape(q, op, "q", "[batch, q_heads, head_dim]", {-1, -1, -1});
+  const int64_t batch = q.size(0), q_heads = q.size(1), head_dim = q.size(2);
+  const DType q_dtype = check_float_dtype(q, op, "q");
+  check_head_dim(head_dim, op, "q");
+  check_last_contiguous(q, op, "q");
+  check_shape(summary, op, "summary", "[num_pages, kv_heads, 2, head_dim]", {-1, -1, 2, head_dim});
+  const int64_t num_pages = summary.size(0), kv_heads = summary.size(1);
+  const DType summary_dtype = check_float_dtype(summary, op, "summary");
+  LIL_CHECK(kv_heads > 0 && q_heads % kv_heads == 0, op, "q",
+            text("q_heads a multiple of kv_heads = ", kv_heads), text(q_heads));
+  check_page_size(page_size, op, "page_size");
+  check_summary_mode(mode, op);
+  check_dense(seq_lens, q, op, "seq_lens", "[batch]", {batch});
+  LIL_CHECK(!scale || *scale > 0, op, "scale", "a positive number (the bound holds for no other)", text(*scale));
+
+  ScorePagesParams params{};
+  params.q = q.const_data_ptr();
+  params.q_stride_b = q.stride(0);
+  params.q_stride_h = q.stride(1);
+  params.q_dtype = q_dtype;
+  params.summary_dtype = summary_dtype;
+  params.summary = make_summary(summary, q, op, num_pages, kv_heads, head_dim, summary.scalar_type());
+  params.num_pages = num_pages;
+  params.pages = make_page_table(page_table, q, op, batch, kv_heads);
+  params.seq_lens = int32_data(seq_lens);
+  params.batch = batch;
+  params.kv_heads = kv_heads;
+  params.group = q_heads / kv_heads;
+  params.head_dim = head_dim;
+  params.page_size = page_size;
+  params.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim))));
+  Tensor scores = torch::stable::new_empty(q, {batch, kv_heads, params.pages.max_pages}, ScalarType::Float);
+  params.scores = static_cast<float*>(scores.mutable_data_ptr());
+  if (batch > 0) Backend::score_pages(params, q);
+  return scores;
+}
+
+}  // namespace lil

@@ -1,0 +1,28 @@
+// The CPU drivers: each checks the values that only the data shows (lengths, page ids, token ids), before anything is
+// written, and spreads the work over torch's thread pool. The `on` tensor says which device; the CPU has one.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include "api/checks.h"
+#include "params.h"
+
+namespace lil::cpu {
+
+void append_kv(const AppendKvParams&, const Tensor& on);
+void score_pages(const ScorePagesParams&, const Tensor& on);
+void select_pages(const SelectPagesParams&, const Tensor& on);
+void sparse_decode(const SparseDecodeParams&, const Tensor& on);
+void lz77_append(const Lz77AppendParams&, const Tensor& on);
+void guardian_check(const GuardianCheckParams&, const Tensor& on);
+
+struct Backend {
+  static constexpr auto append_kv = &cpu::append_kv;
+  static constexpr auto score_pages = &cpu::score_pages;
+  static constexpr auto select_pages = &cpu::select_pages;
+  static constexpr auto sparse_decode = &cpu::sparse_decode;
+  static constexpr auto lz77_append = &cpu::lz77_append;
+  static constexpr auto guardian_check = &cpu::guardian_check;
+};
+
+}  // namespace lil::cpu

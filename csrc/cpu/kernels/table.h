@@ -1,0 +1,15 @@
+// This instruction set's kernels, gathered by table.cpp.
+#pragma once
+
+#include "cpu/kernels/kernels.h"
+
+namespace lil::cpu::LIL_ISA {
+
+void append_kv(const AppendKvParams&, const AppendItem*, int64_t begin, int64_t end);
+void score_pages(const ScorePagesParams&, int64_t begin, int64_t end);
+void select_pages(const SelectPagesParams&, int64_t begin, int64_t end);
+void attend_chunks(const SparseDecodeParams&, const AttendItem*, const Partials&, int64_t begin, int64_t end);
+void combine_chunks(const SparseDecodeParams&, const AttendItem*, const int64_t* first_item, const Partials&,
+                    int64_t begin, int64_t end);
+
+}  // namespace lil::cpu::LIL_ISA

@@ -1,0 +1,28 @@
+// What only the data shows. On the CPU it is the host's to see, so it is checked before anything is written.
+#pragma once
+
+#include "api/checks.h"
+
+namespace lil::cpu {
+
+inline void check_seq_lens(const char* op, const int32_t* seq_lens, int64_t batch, int64_t max_tokens) {
+  for (int64_t b = 0; b < batch; ++b) {
+    LIL_CHECK(seq_lens[b] >= 0 && seq_lens[b] <= max_tokens, op, "seq_lens",
+              text("0 to ", max_tokens, " tokens (max_pages * page_size) for sequence ", b), text(seq_lens[b]));
+  }
+}
+
+inline void check_physical_page(const char* op, const PageTable& table, int64_t b, int64_t h, int64_t page,
+                                int64_t num_pages) {
+  const int32_t physical = table.at(b, h, page);
+  LIL_CHECK(physical >= 0 && physical < num_pages, op, "page_table",
+            text("a page from 0 to ", num_pages - 1, " for page ", page, " of sequence ", b, ", KV head ", h),
+            text(physical));
+}
+
+inline int64_t pages_of(int64_t tokens, int64_t page_size) { return (tokens + page_size - 1) / page_size; }
+
+// KV heads whose tables have to be looked at: one where they share it.
+inline int64_t table_heads(const PageTable& table, int64_t kv_heads) { return table.stride_h == 0 ? 1 : kv_heads; }
+
+}  // namespace lil::cpu

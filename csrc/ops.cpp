@@ -1,0 +1,47 @@
+// Every operator's schema, in one place, and the CPU registrations. docs/design.md says why each is as it is;
+// lil_ops/ops.py documents arguments and errors.
+#include <torch/csrc/stable/library.h>
+
+#include "api/append_kv.h"
+#include "api/guardian_check.h"
+#include "api/lz77_append.h"
+#include "api/score_pages.h"
+#include "api/select_pages.h"
+#include "api/sparse_decode.h"
+#include "cpu/backend.h"
+
+STABLE_TORCH_LIBRARY(lil, m) {
+  // Writes new tokens' K and V into the paged cache and renews the summaries of the pages they touch.
+  m.def(
+      "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? summary, Tensor k, Tensor v, Tensor page_table, "
+      "Tensor seq_lens, Tensor? cu_seqlens=None, *, str summary_mode=\"minmax\") -> ()");
+  // How much attention each page may receive, one number a (sequence, KV head, page).
+  m.def(
+      "score_pages(Tensor q, Tensor summary, Tensor page_table, Tensor seq_lens, int page_size, *, float? scale=None, "
+      "str summary_mode=\"minmax\") -> Tensor");
+  // The pages each KV head reads: sink, protected and recent pages, then the best scored, within the budget.
+  m.def(
+      "select_pages(Tensor scores, Tensor seq_lens, int page_size, int budget, *, int sink=0, int recent=1, "
+      "Tensor? protected_lens=None) -> (Tensor pages, Tensor counts)");
+  // Attention of one query token a sequence over the selected pages, or over all of them.
+  m.def(
+      "sparse_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, Tensor? pages=None, "
+      "Tensor? counts=None, *, float? scale=None, int window=0, float softcap=0.0) -> (Tensor out, Tensor lse)");
+  // Feeds new tokens to each sequence's LZ77 parse; returns its size in phrases and in bits.
+  m.def(
+      "lz77_append(Tensor(a!) state, Tensor tokens, Tensor? counts, int vocab_size) -> (Tensor phrases, Tensor bits)");
+  // Guardian's rule at interval ends: growth of the size below the threshold sets the sequence's stop code.
+  m.def(
+      "guardian_check(Tensor sizes, Tensor num_tokens, Tensor interval, Tensor threshold, Tensor(a!) checkpoint, "
+      "Tensor(b!) gain, Tensor(c!) stop) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lil, CPU, m) {
+  using lil::cpu::Backend;
+  m.impl("append_kv", TORCH_BOX(&lil::append_kv<Backend>));
+  m.impl("score_pages", TORCH_BOX(&lil::score_pages<Backend>));
+  m.impl("select_pages", TORCH_BOX(&lil::select_pages<Backend>));
+  m.impl("sparse_decode", TORCH_BOX(&lil::sparse_decode<Backend>));
+  m.impl("lz77_append", TORCH_BOX(&lil::lz77_append<Backend>));
+  m.impl("guardian_check", TORCH_BOX(&lil::guardian_check<Backend>));
+}

@@ -1,0 +1,121 @@
+// What the kernels are given: plain structs of pointers, strides (in elements) and sizes. No tensors, no torch headers.
+#pragma once
+
+#include <cstdint>
+
+namespace lil {
+
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+// Logical page of a sequence -> physical page of the cache. stride_h is 0 where all KV heads share one table.
+struct PageTable {
+  const int32_t* data;
+  int64_t stride_b, stride_h;
+  int64_t max_pages;
+
+  int32_t at(int64_t b, int64_t h, int64_t page) const { return data[b * stride_b + h * stride_h + page]; }
+};
+
+// One of the two cache buffers, [num_pages, kv_heads, page_size, head_dim], last dimension contiguous.
+struct PagedBuffer {
+  void* data;
+  int64_t stride_page, stride_head, stride_token;
+};
+
+struct KvCache {
+  PagedBuffer k, v;
+  int64_t num_pages, kv_heads, page_size, head_dim;
+  DType dtype;
+};
+
+// Page summaries, [num_pages, kv_heads, 2, head_dim]; the last two dimensions are contiguous. data is null where the
+// caller keeps none.
+struct Summary {
+  void* data;
+  int64_t stride_page, stride_head;
+};
+
+struct AppendKvParams {
+  KvCache cache;
+  Summary summary;
+  const void *k, *v;  // [tokens, kv_heads, head_dim]
+  int64_t k_stride_token, k_stride_head, v_stride_token, v_stride_head;
+  PageTable pages;
+  const int32_t* seq_lens;    // [batch], this append included
+  const int32_t* cu_seqlens;  // [batch + 1], or null: one token a sequence
+  int64_t batch, tokens;
+};
+
+struct ScorePagesParams {
+  const void* q;  // [batch, q_heads, head_dim]
+  int64_t q_stride_b, q_stride_h;
+  DType q_dtype, summary_dtype;
+  Summary summary;
+  int64_t num_pages;
+  PageTable pages;
+  const int32_t* seq_lens;
+  int64_t batch, kv_heads, group, head_dim, page_size;
+  float scale;
+  float* scores;  // [batch, kv_heads, max_pages], contiguous
+};
+
+struct SelectPagesParams {
+  const float* scores;  // [batch, kv_heads, max_pages], last dimension contiguous
+  int64_t stride_b, stride_h;
+  const int32_t* seq_lens;
+  const int32_t* protected_lens;  // [batch] or null
+  int64_t batch, kv_heads, max_pages, page_size;
+  int64_t budget_pages;  // pages a head may read; the outputs' last dimension is min(budget_pages, max_pages)
+  int64_t sink, recent;
+  int32_t* pages;   // [batch, kv_heads, capacity]
+  int32_t* counts;  // [batch, kv_heads]
+  int64_t capacity;
+};
+
+struct SparseDecodeParams {
+  const void* q;  // [batch, kv_heads * group, head_dim]
+  int64_t q_stride_b, q_stride_h;
+  DType q_dtype;
+  KvCache cache;
+  PageTable table;
+  const int32_t* seq_lens;
+  bool selected;         // read the pages listed; otherwise every page of the sequence
+  const int32_t* pages;  // [batch, kv_heads, capacity]; an empty list may be null
+  int64_t pages_stride_b, pages_stride_h;
+  const int32_t* counts;  // [batch, kv_heads], contiguous, or null: every entry of pages
+  int64_t capacity;
+  int64_t batch, group;
+  float scale;
+  int64_t window;  // tokens that may be read, counted from the end; 0: all
+  float softcap;   // 0: none
+  void* out;       // [batch, kv_heads * group, head_dim], contiguous, q's dtype
+  float* lse;      // [batch, kv_heads * group], contiguous
+};
+
+struct Lz77AppendParams {
+  int32_t* state;  // [batch, state_size], contiguous
+  int64_t state_size;
+  const void* tokens;  // [batch, max_tokens]
+  int64_t tokens_stride_b;
+  bool tokens_int64;
+  const int32_t* counts;  // [batch] or null: max_tokens each
+  int64_t batch, max_tokens, vocab_size;
+  int32_t* phrases;  // [batch]
+  int32_t* bits;     // [batch]
+};
+
+struct GuardianCheckParams {
+  const int32_t* sizes;       // [batch]
+  const int32_t* num_tokens;  // [batch]
+  const int32_t* interval;    // [batch]
+  const float* threshold;     // [batch]
+  int32_t* checkpoint;        // [batch, 2]: tokens and size at the last check
+  int32_t* gain;              // [batch]
+  int32_t* stop;              // [batch]
+  int64_t batch;
+};
+
+// Codes of the stop tensor; lil_ops.StopReason mirrors them.
+enum StopReason : int32_t { kRunning = 0, kStopEos = 1, kStopLength = 2, kStopGuardian = 3 };
+
+}  // namespace lil

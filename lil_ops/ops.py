@@ -1,0 +1,181 @@
+"""The operators: typed wrappers with their documentation, and the fake kernels that torch.compile traces with.
+
+Every wrapper calls ``torch.ops.lil.<name>``, which can be used directly. ``lil_ops.reference`` defines each result in
+plain float64 PyTorch. Shapes name: ``batch`` sequences, ``q_heads = group * kv_heads``, ``head_dim`` in 64, 80, 96, 128,
+192, 256, ``page_size`` a power of two from 8 to 128. Lengths, tables and page ids are int32; caches and queries fp32,
+fp16 or bf16 (they may differ); arithmetic is fp32.
+
+Errors: a wrong shape, dtype, device, stride or option raises RuntimeError ``lil::OPERATOR: ARGUMENT: expected ..., got
+...`` and nothing is written. On the CPU so do lengths, page ids and token ids out of range.
+
+A page table is ``[batch, max_pages]``, or ``[batch, kv_heads, max_pages]`` where heads have tables of their own: logical
+page of the sequence -> physical page of the cache. ``seq_lens`` always counts the tokens of the step at hand, appended
+or about to be.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lil_ops import _library  # noqa: F401  (loads the native operators)
+
+_lil = torch.ops.lil
+
+
+def append_kv(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    summary: torch.Tensor | None,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    summary_mode: str = "minmax",
+) -> None:
+    """Write new tokens' keys and values into the paged cache and renew the summaries of the pages they touch.
+
+    Args:
+        k_cache, v_cache: ``[num_pages, kv_heads, page_size, head_dim]``, last dimension contiguous, other strides any
+            (an NHD buffer works as a view); written.
+        summary: ``[num_pages, kv_heads, 2, head_dim]`` in the keys' dtype, last two dimensions contiguous; written; or
+            None. After the call each touched page's summary is exactly the min and max of the tokens it holds.
+        k, v: ``[tokens, kv_heads, head_dim]`` in the cache's dtype.
+        page_table: see the module. seq_lens: ``[batch]``, the new tokens included: they take the last places.
+        cu_seqlens: ``[batch + 1]`` offsets of each sequence's new tokens in k and v; None: one token a sequence.
+        summary_mode: what a summary holds; ``"minmax"``.
+
+    Equivalent PyTorch, for sequence b with n new tokens::
+
+        for j in range(n):
+            page, slot = divmod(seq_lens[b] - n + j, page_size)
+            k_cache[page_table[b, page], :, slot] = k[cu_seqlens[b] + j]     # v likewise
+        summary[page_table[b, page]] = stack([keys.amin(1), keys.amax(1)], 1)  # keys: the page's valid tokens
+    """
+    _lil.append_kv(k_cache, v_cache, summary, k, v, page_table, seq_lens, cu_seqlens, summary_mode=summary_mode)
+
+
+def score_pages(
+    q: torch.Tensor,
+    summary: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_size: int,
+    *,
+    scale: float | None = None,
+    summary_mode: str = "minmax",
+) -> torch.Tensor:
+    """Score every page of every sequence for every KV head: how much attention it may receive.
+
+    Args:
+        q: ``[batch, q_heads, head_dim]``. summary: as in `append_kv`. page_table, seq_lens: see the module; a page
+            whose entry is -1 is not mapped and scores -inf.
+        scale: positive factor on the logits; default ``head_dim ** -0.5``, so that scores are in the units of `sparse_decode`'s lse.
+        summary_mode: ``"minmax"`` is Quest's upper bound (Tang et al., arXiv 2406.10774): no key of the page has a larger
+            ``scale * q . k`` for any query head of the group.
+
+    Returns:
+        ``[batch, kv_heads, max_pages]`` float32; pages past the end of a sequence are -inf.
+
+    Equivalent PyTorch, for KV head h and page p of sequence b::
+
+        low, high = summary[page_table[b, p], h]
+        score = scale * maximum(q[b, group] * low, q[b, group] * high).sum(-1).max()
+    """
+    return _lil.score_pages(q, summary, page_table, seq_lens, page_size, scale=scale, summary_mode=summary_mode)
+
+
+def select_pages(
+    scores: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_size: int,
+    budget: int,
+    *,
+    sink: int = 0,
+    recent: int = 1,
+    protected_lens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the pages that each KV head reads, within an exact budget.
+
+    Always in: the pages of the last ``recent`` tokens, then those of the first ``sink`` tokens (``protected_lens[b]`` tokens
+    where that is more). The rest of the budget goes to the highest scores; among equals the earlier page wins, NaN ranks
+    highest as in torch.topk. A sequence of no more pages than the budget is read whole.
+
+    Args:
+        scores: ``[batch, kv_heads, max_pages]`` float32, last dimension contiguous. seq_lens: ``[batch]``.
+        budget: tokens a KV head may read, everything included; whole pages are counted, so ``budget // page_size``.
+        protected_lens: ``[batch]`` int32; what does not fit in the budget is not protected.
+
+    Returns:
+        pages ``[batch, kv_heads, min(budget // page_size, max_pages)]`` int32, ascending, -1 padded; counts
+        ``[batch, kv_heads]`` int32.
+
+    Equivalent PyTorch, for one head: ``scores[forced] = inf; scores[:pages].topk(budget // page_size).indices.sort()``.
+    """
+    return _lil.select_pages(
+        scores, seq_lens, page_size, budget, sink=sink, recent=recent, protected_lens=protected_lens
+    )
+
+
+def sparse_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    pages: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query token a sequence over the selected pages of a paged cache, or over all of them.
+
+    Args:
+        q: ``[batch, q_heads, head_dim]``. k_cache, v_cache: as in `append_kv`. page_table, seq_lens: see the module.
+        pages: ``[batch, kv_heads, capacity]`` logical pages each KV head reads, -1 skipped; None: every page. A page
+            listed twice is read twice. counts: ``[batch, kv_heads]`` entries of each list that count; None: all.
+        scale: factor on the logits; default ``head_dim ** -0.5``.
+        window: only the last ``window`` tokens of a sequence may be read (sliding-window layers); 0: no limit.
+        softcap: logits become ``softcap * tanh(logit / softcap)`` (Gemma 2); 0: they stay.
+
+    Returns:
+        out ``[batch, q_heads, head_dim]`` in q's dtype; lse ``[batch, q_heads]`` float32, natural log of the sum of
+        exponentials of the logits read. A sequence that reads nothing has out 0 and lse -inf. The result does not depend
+        on the number of threads, and a list of all pages gives the bits that None gives.
+
+    Equivalent PyTorch, for query head i of KV head h::
+
+        k = k_cache[page_table[b, pages[b, h]], h].flatten(0, 1)    # v likewise; tokens past seq_lens[b] left out
+        logits = scale * (k @ q[b, i])
+        out, lse = logits.softmax(0) @ v, logits.logsumexp(0)
+    """
+    return _lil.sparse_decode(
+        q, k_cache, v_cache, page_table, seq_lens, pages, counts, scale=scale, window=window, softcap=softcap
+    )
+
+
+@torch.library.register_fake("lil::append_kv")
+def _(k_cache, v_cache, summary, k, v, page_table, seq_lens, cu_seqlens=None, *, summary_mode="minmax"):
+    return None
+
+
+@torch.library.register_fake("lil::score_pages")
+def _(q, summary, page_table, seq_lens, page_size, *, scale=None, summary_mode="minmax"):
+    return q.new_empty((q.size(0), summary.size(1), page_table.size(-1)), dtype=torch.float32)
+
+
+@torch.library.register_fake("lil::select_pages")
+def _(scores, seq_lens, page_size, budget, *, sink=0, recent=1, protected_lens=None):
+    batch, kv_heads, max_pages = scores.shape
+    capacity = torch.sym_min(budget // page_size, max_pages)
+    return scores.new_empty((batch, kv_heads, capacity), dtype=torch.int32), scores.new_empty(
+        (batch, kv_heads), dtype=torch.int32
+    )
+
+
+@torch.library.register_fake("lil::sparse_decode")
+def _(q, k_cache, v_cache, page_table, seq_lens, pages=None, counts=None, *, scale=None, window=0, softcap=0.0):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:2], dtype=torch.float32)

@@ -1,0 +1,34 @@
+"""Policies: which cached tokens a decode step reads. One file each; `get` makes one by name."""
+
+from __future__ import annotations
+
+import difflib
+
+from lil_ops.policies.base import Policy, Selection
+from lil_ops.policies.full import Full
+from lil_ops.policies.quest import Quest
+from lil_ops.policies.sink import Sink
+
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Full, Sink, Quest)}
+
+
+def get(name: str | Policy, **options) -> Policy:
+    """The policy called ``name`` with ``options`` (see `Policy`); a Policy is returned as it is.
+
+    Raises ValueError for an unknown name (the message lists the names and the nearest) or an option it does not take.
+    """
+    if isinstance(name, Policy):
+        if options:
+            raise ValueError(f"policy {name.name}: options {sorted(options)} were given beside a policy object")
+        return name
+    if name not in POLICIES:
+        nearest = difflib.get_close_matches(name, POLICIES, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"unknown policy {name!r}: expected one of {', '.join(POLICIES)}{hint}")
+    try:
+        return POLICIES[name](**options)
+    except TypeError as error:
+        raise ValueError(f"policy {name}: {error}") from None
+
+
+__all__ = ["POLICIES", "Full", "Policy", "Quest", "Selection", "Sink", "get"]

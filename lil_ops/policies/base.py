@@ -1,0 +1,80 @@
+"""The one interface of every policy. A policy calls operators only; its state lives in tensors made by `begin`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from lil_ops.cache import PagedKVCache
+
+
+class Selection(NamedTuple):
+    """The pages each KV head reads: ``pages [batch, kv_heads, capacity]`` ascending, -1 padded, ``counts [batch, kv_heads]``."""
+
+    pages: torch.Tensor
+    counts: torch.Tensor
+
+
+class Policy:
+    """Which cached tokens a decode step reads.
+
+    Args:
+        budget: tokens a KV head may read, sink, recent and current page included; rounded down to whole pages.
+        sink: tokens at the start of the sequence that are always read. recent: tokens at its end, likewise (at least 1:
+            the current one).
+        protect_prompt: the whole prompt is always read, within the budget.
+        dense_layers: the first so many layers read everything.
+
+    The loop calls `begin` once a run, `begin_step` once a forward pass of one token a sequence, and `select` once a
+    layer, after the layer's keys were appended.
+    """
+
+    name: ClassVar[str]
+    rule: ClassVar[str]
+    source: ClassVar[str]
+    uses_summary: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        budget: int | None = None,
+        *,
+        sink: int = 0,
+        recent: int = 1,
+        protect_prompt: bool = False,
+        dense_layers: int = 0,
+    ):
+        for option, value, least in (("sink", sink, 0), ("recent", recent, 1), ("dense_layers", dense_layers, 0)):
+            if value < least:
+                raise ValueError(f"policy {self.name}: {option}: expected at least {least}, got {value}")
+        if budget is None:
+            raise ValueError(f"policy {self.name}: budget: expected a number of tokens, got None")
+        if budget < sink + recent + 1:
+            raise ValueError(
+                f"policy {self.name}: budget: expected at least sink + recent + 1 = {sink + recent + 1} tokens, got {budget}"
+            )
+        self.budget, self.sink, self.recent = budget, sink, recent
+        self.protect_prompt, self.dense_layers = protect_prompt, dense_layers
+
+    def begin(self, cache: PagedKVCache, prompt_lens: list[int]) -> None:
+        """Check the options against the cache and the prompts (``prompt_lens``: tokens), and make the state tensors."""
+        size = cache.page_size
+        least = size * (-(-self.sink // size) + (self.recent + size - 2) // size + 1)
+        if self.budget < least:
+            raise ValueError(
+                f"policy {self.name}: budget: expected at least {least} tokens (the pages of size {size} that sink "
+                f"{self.sink} and recent {self.recent} can touch), got {self.budget}"
+            )
+        longest = max(prompt_lens, default=0)
+        if self.protect_prompt and size * (-(-longest // size) + 1) > self.budget:
+            raise ValueError(
+                f"policy {self.name}: budget: expected at least {size * (-(-longest // size) + 1)} tokens to protect a "
+                f"prompt of {longest} and read the current page, got {self.budget}"
+            )
+
+    def begin_step(self, cache: PagedKVCache) -> None:
+        """Work that all layers of a step share."""
+
+    def select(self, layer: int, q: torch.Tensor, cache: PagedKVCache, scale: float) -> Selection | None:
+        """The pages layer ``layer`` reads for queries ``q [batch, q_heads, head_dim]``; None reads all."""
+        raise NotImplementedError

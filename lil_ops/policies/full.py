@@ -1,0 +1,20 @@
+"""Full: every step reads every cached token. The dense baseline."""
+
+from __future__ import annotations
+
+from lil_ops.policies.base import Policy
+
+
+class Full(Policy):
+    name = "full"
+    rule = "reads everything"
+    source = "dense attention"
+
+    def __init__(self):
+        pass
+
+    def begin(self, cache, prompt_lens):
+        pass
+
+    def select(self, layer, q, cache, scale):
+        return None
