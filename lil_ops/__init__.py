@@ -1,13 +1,56 @@
-"""lil_ops: sparse attention over a paged KV cache and an early stop on the device, as PyTorch custom operators."""
+"""lil_ops: sparse attention over a paged KV cache and an early stop on the device, as PyTorch custom operators.
+
+The core needs torch and numpy only. `generate`, `DecodeLoop`, `LilCache` and `load_model` work on Hugging Face models and
+import transformers when they are first used (``pip install lil-ops[hf]``).
+"""
 
 __version__ = "0.1.0"
 
+import importlib
+
 from lil_ops._library import build_info
+from lil_ops.guardian import Guardian, StopReason
 from lil_ops.ops import (
     append_kv,
+    guardian_check,
+    lz77_append,
+    lz77_state,
     score_pages,
     select_pages,
     sparse_decode,
 )
 
-__all__ = ["append_kv", "build_info", "score_pages", "select_pages", "sparse_decode"]
+# Names whose modules need transformers: imported on first use.
+_LAZY = {
+    "DecodeLoop": "lil_ops.decode",
+    "LilCache": "lil_ops.integrations.transformers",
+    "generate": "lil_ops.decode",
+    "load_model": "lil_ops.models",
+}
+
+__all__ = [
+    "DecodeLoop",
+    "Guardian",
+    "LilCache",
+    "StopReason",
+    "append_kv",
+    "build_info",
+    "generate",
+    "guardian_check",
+    "load_model",
+    "lz77_append",
+    "lz77_state",
+    "score_pages",
+    "select_pages",
+    "sparse_decode",
+]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lil_ops' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(_LAZY[name])
+    except ModuleNotFoundError as error:
+        raise ImportError(f"lil_ops.{name} needs {error.name}: pip install lil-ops[hf]") from error
+    return getattr(module, name)

@@ -157,6 +157,83 @@ def sparse_decode(
     )
 
 
+def lz77_state(batch: int, capacity: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """An empty parse for each of ``batch`` sequences of up to ``capacity`` tokens (1 to 16777216), for `lz77_append`.
+
+    An int32 tensor of 64 bytes a token of capacity, ``[batch, state_size]``, all zeros; ``state[b].zero_()`` empties a
+    row again. Raises ValueError for a capacity out of range.
+    """
+    from lil_ops import _C
+
+    return torch.zeros(batch, _C.lz77_state_size(capacity), dtype=torch.int32, device=device)
+
+
+def lz77_append(
+    state: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor | None, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Feed new tokens to each sequence's LZ77 parse; the size of all its tokens so far, in phrases and in bits.
+
+    The parse is greedy: a phrase (distance, length, next token) is the longest match that starts earlier, at any
+    distance and free to overlap the phrase itself, and the token after it. The size over the number of tokens estimates
+    the entropy rate; its growth over an interval is the information gain (Hu et al., arXiv 2601.03043). Amortised
+    constant time a token, however the tokens are split over calls. CPU only.
+
+    Args:
+        state: from `lz77_state`; written.
+        tokens: ``[batch, max_tokens]`` int32 or int64, last dimension contiguous, each from 0 to ``vocab_size - 1``.
+        counts: ``[batch]`` int32, how many of each row's tokens count; None: all. What lies beyond is not read.
+        vocab_size: 1 to 2147483647; sets the price of a token in bits.
+
+    Returns:
+        phrases ``[batch]`` int32: complete phrases, and one for a phrase not complete yet.
+        bits ``[batch]`` int32: the same phrases, one that covers tokens i to i + k - 1 at
+        ``ceil(log2(i + 1)) + 2 * floor(log2(k)) + 1 + ceil(log2(vocab_size))`` bits.
+
+    Also RuntimeError, and no sequence changed: a token or count out of range, a sequence longer than its capacity, a
+    state that is not one.
+
+    Equivalent Python, for the ``history`` of one sequence::
+
+        phrases, start = 0, 0
+        for end in range(1, len(history) + 1):
+            phrase = history[start:end]
+            if not any(history[p : p + len(phrase)] == phrase for p in range(start)):
+                phrases, start = phrases + 1, end
+        return phrases + (start < len(history))
+    """
+    return _lil.lz77_append(state, tokens, counts, vocab_size)
+
+
+def guardian_check(
+    sizes: torch.Tensor,
+    num_tokens: torch.Tensor,
+    interval: torch.Tensor,
+    threshold: torch.Tensor,
+    checkpoint: torch.Tensor,
+    gain: torch.Tensor,
+    stop: torch.Tensor,
+) -> None:
+    """Guardian's rule (Hu et al., arXiv 2601.03043): end sequences whose last interval added too little information.
+
+    Args: (all contiguous, int32 but ``threshold``, on one device)
+        sizes: ``[batch]`` LZ77 size of what each sequence generated, in any unit. num_tokens: ``[batch]`` its tokens.
+        interval: ``[batch]`` tokens between checks; below 1: no check. threshold: ``[batch]`` float32, in sizes' unit.
+        checkpoint: ``[batch, 2]`` tokens and size at the last check, zeros at the start; written.
+        gain: ``[batch]`` growth of the size found by the last check; written.
+        stop: ``[batch]`` `lil_ops.StopReason` codes; a sequence with a code but RUNNING is left alone; written.
+
+    Equivalent Python, for each sequence b::
+
+        tokens, size = checkpoint[b]
+        if stop[b] == RUNNING and interval[b] >= 1 and num_tokens[b] - tokens >= interval[b]:
+            gain[b] = sizes[b] - size
+            checkpoint[b] = num_tokens[b], sizes[b]
+            if gain[b] < threshold[b]:
+                stop[b] = GUARDIAN
+    """
+    _lil.guardian_check(sizes, num_tokens, interval, threshold, checkpoint, gain, stop)
+
+
 @torch.library.register_fake("lil::append_kv")
 def _(k_cache, v_cache, summary, k, v, page_table, seq_lens, cu_seqlens=None, *, summary_mode="minmax"):
     return None
@@ -179,3 +256,13 @@ def _(scores, seq_lens, page_size, budget, *, sink=0, recent=1, protected_lens=N
 @torch.library.register_fake("lil::sparse_decode")
 def _(q, k_cache, v_cache, page_table, seq_lens, pages=None, counts=None, *, scale=None, window=0, softcap=0.0):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("lil::lz77_append")
+def _(state, tokens, counts, vocab_size):
+    return state.new_empty((state.size(0),)), state.new_empty((state.size(0),))
+
+
+@torch.library.register_fake("lil::guardian_check")
+def _(sizes, num_tokens, interval, threshold, checkpoint, gain, stop):
+    return None

@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""Registers, shared memory, stack and spills of every CUDA kernel instance, read from ptxas; exit 1 where one spills.
+
+Compiles csrc/cuda/*.cu for LIL_CUDA_ARCHS (default 90) without linking. Needs nvcc, no GPU, and any torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNEL = re.compile(r"Compiling entry function '(\S+)' for '(sm_\w+)'")
+STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+
+
+def compile_log(source: Path, archs: list[str]) -> str:
+    command = ["nvcc", "-std=c++20", "-O3", "-Xptxas=-v", "--expt-relaxed-constexpr", "-c", str(source), "-o", os.devnull]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'csrc'}"]
+    command += [f"-isystem={path}" for path in include_paths()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def demangled(name: str) -> str:
+    done = subprocess.run(["c++filt", name], capture_output=True, text=True)
+    return (done.stdout.strip() or name).split("(")[0].replace("lil::cuda::", "").replace("(anonymous namespace)::", "")
+
+
+def main() -> int:
+    archs = os.environ.get("LIL_CUDA_ARCHS", "90").split(";")
+    spilled = False
+    print(f"{'kernel':60} {'arch':7} {'registers':>9} {'smem':>7} {'stack':>6} {'spills':>7}")
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        kernel = arch = None
+        stack = (0, 0, 0)
+        for line in compile_log(source, archs).splitlines():
+            if found := KERNEL.search(line):
+                kernel, arch = found.groups()
+            elif found := STACK.search(line):
+                stack = tuple(map(int, found.groups()))
+            elif (found := USED.search(line)) and kernel:
+                spills = stack[1] + stack[2]
+                spilled |= spills > 0
+                print(f"{demangled(kernel)[:60]:60} {arch:7} {found[1]:>9} {found[2] or 0:>7} {stack[0]:>6} {spills:>7}")
+                kernel = None
+    if spilled:
+        print("a kernel spills registers", file=sys.stderr)
+    return int(spilled)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

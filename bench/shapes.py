@@ -1,0 +1,40 @@
+"""The attention benchmarks' common case: bf16, 8 KV heads x group 4, head_dim 128, 32k context, budget 2048, page 16."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, CONTEXT, BUDGET = 8, 4, 128, 16, 32768, 2048
+
+
+@dataclass
+class Case:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    summary: torch.Tensor
+    page_table: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+def case(batch: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """Full sequences of CONTEXT tokens whose pages lie in random order."""
+    torch.manual_seed(0)
+    pages = CONTEXT // PAGE_SIZE
+    k, v = (torch.randn(batch * pages, KV_HEADS, PAGE_SIZE, HEAD_DIM).to(dtype) for _ in range(2))
+    return Case(
+        q=torch.randn(batch, KV_HEADS * GROUP, HEAD_DIM).to(dtype),
+        k=k,
+        v=v,
+        summary=torch.stack([k.amin(2), k.amax(2)], 2),
+        page_table=torch.randperm(batch * pages).int().view(batch, pages),
+        seq_lens=torch.full((batch,), CONTEXT, dtype=torch.int32),
+    )
+
+
+def flat_index(c: Case, pages: torch.Tensor) -> torch.Tensor:
+    """Rows of ``cache.flatten(0, 1)`` for logical pages ``[batch, kv_heads, n]``: what a gather in PyTorch needs."""
+    physical = c.page_table[torch.arange(len(pages))[:, None, None], pages.long()].long()
+    return (physical * KV_HEADS + torch.arange(KV_HEADS)[:, None]).flatten()

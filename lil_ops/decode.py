@@ -1,0 +1,279 @@
+"""The decode loop: prefill, then one token a running sequence a step, until every sequence has stopped."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from lil_ops import _C
+from lil_ops.guardian import Guardian, Lz77Tracker, StopReason
+from lil_ops.integrations.attach import attach
+from lil_ops.integrations.transformers import NAME, LilCache
+from lil_ops.policies import Policy
+from lil_ops.result import GenerationResult, StepEvent
+from lil_ops.sampling import check_sampling, sample
+
+TokenIds = torch.Tensor | Sequence[torch.Tensor | Sequence[int]]
+
+
+class DecodeLoop:
+    """Decodes a batch step by step. Arguments and errors as in `generate`, but the batch must not be empty.
+
+    A context manager, which gives the model attention "lil" and on leaving puts back what it had. Iterating runs it::
+
+        with DecodeLoop(model, input_ids, policy="quest", budget=256) as loop:
+            for event in loop:          # the same as loop.prefill(), then loop.step() while loop.active
+                print(event.tokens)
+        print(loop.result().tokens)
+
+    An exception, KeyboardInterrupt included, may end it anywhere: `result` then has what was produced before.
+
+    Attributes: ``active`` the rows still running, ``cache`` the `LilCache`.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        input_ids: TokenIds,
+        *,
+        policy: str | Policy = "full",
+        guardian: Guardian | None = None,
+        max_new_tokens: int = 256,
+        eos_token_id: int | Sequence[int] | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        page_size: int = 16,
+        **policy_options,
+    ):
+        check_sampling(temperature, top_k, top_p)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        self._model, device = model, model.device
+        self._vocab_size = attach(model).vocab_size
+        self._prompts = [prompt.to(device) for prompt in _check_prompts(input_ids, self._vocab_size)]
+        lengths = [len(prompt) for prompt in self._prompts]
+        batch = len(lengths)
+        self.cache = LilCache(
+            model, policy, batch=batch, max_tokens=max(lengths) + max_new_tokens, page_size=page_size, **policy_options
+        )
+        self.cache.begin(lengths)
+        # transformers 5.x renames the argument; both names work somewhere, but the old one warns.
+        parameters = inspect.signature(model.forward).parameters
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._attention_before: str | None = None
+
+        self._max_new_tokens = max_new_tokens
+        self._sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        # Drawn before the run, from each row's own generator: they depend neither on the batch nor on who stops.
+        self._uniforms = torch.stack([_uniforms(max_new_tokens, seed + row) for row in range(batch)]).to(device)
+        self._eos = torch.tensor(_eos_ids(model, eos_token_id), dtype=torch.int64, device=device)
+        self._tracker = Lz77Tracker(batch, max_new_tokens, self._vocab_size, device)
+        self._watch = guardian.start(batch, device) if guardian else None
+
+        # Device state, one entry a row, running or not; `_rows` selects the running ones.
+        self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self._positions = torch.tensor(lengths, dtype=torch.int64, device=device)[:, None]
+        self._num_tokens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._stop = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._run(list(range(batch)))
+
+        self._output: list[list[int]] = [[] for _ in range(batch)]
+        self._reasons = [StopReason.RUNNING] * batch
+        self._step_times: list[float] = []
+
+    def __enter__(self) -> DecodeLoop:
+        self._attention_before = self._model.config._attn_implementation
+        self._model.set_attn_implementation(NAME)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._model.set_attn_implementation(self._attention_before)
+
+    def __iter__(self) -> Iterator[StepEvent]:
+        yield self.prefill()
+        while self.active:
+            yield self.step()
+
+    @torch.inference_mode()
+    def prefill(self) -> StepEvent:
+        """Run the prompts, one by one and without padding, and produce every row's first token. Once, before `step`."""
+        started = time.perf_counter()
+        logits = []
+        for row, prompt in enumerate(self._prompts):
+            self.cache.rows = [row]
+            logits.append(self._forward(prompt[None], torch.arange(len(prompt), device=prompt.device)[None]))
+        self.cache.rows = self.active
+        return self._accept(torch.cat(logits), started)
+
+    @torch.inference_mode()
+    def step(self) -> StepEvent:
+        """Produce one more token of every running row (there must be one)."""
+        started = time.perf_counter()
+        logits = self._forward(self._tokens[self._rows], self._positions[self._rows])
+        self._positions += 1
+        return self._accept(logits, started)
+
+    def result(self) -> GenerationResult:
+        """What has been produced so far; valid at any time, also after an exception."""
+        curves = [_C.lz77_trace(np.array(tokens, dtype=np.int64), self._vocab_size)[0] for tokens in self._output]
+        return GenerationResult(
+            tokens=[list(tokens) for tokens in self._output],
+            stop_reason=list(self._reasons),
+            step_times=list(self._step_times),
+            kv_bytes_peak=self.cache.kv.bytes_peak,
+            lz77=curves,
+        )
+
+    def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        cache = {self._cache_argument: self.cache}
+        return self._model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=True, logits_to_keep=1, **cache
+        ).logits[:, -1]
+
+    def _accept(self, logits: torch.Tensor, started: float) -> StepEvent:
+        """Choose the running rows' tokens, decide who stops, and read both back: the step's one host sync."""
+        step = len(self._step_times)
+        chosen = sample(logits, self._uniforms[self._rows, step], **self._sampling)
+        self._tokens[self._rows, 0] = chosen
+        self._num_tokens += 1
+        phrases, bits = self._tracker.append(self._tokens, self._counts)
+        # Who stops is settled in this order: end of sequence, Guardian, length. A stopped row keeps its reason.
+        ended = (self._tokens == self._eos).any(1) & (self._stop == StopReason.RUNNING)
+        self._stop.masked_fill_(ended, StopReason.EOS)
+        if self._watch:
+            self._watch.check(phrases, bits, self._num_tokens, self._stop)
+        if step + 1 == self._max_new_tokens:
+            self._stop.masked_fill_(self._stop == StopReason.RUNNING, StopReason.LENGTH)
+        columns = [self._tokens[:, 0], self._stop, phrases] + ([self._watch.gain] if self._watch else [])
+        tokens, stop, phrases, *gain = torch.stack(columns).tolist()
+
+        served = self.active
+        self._step_times.append(time.perf_counter() - started)
+        for row in served:
+            self._output[row].append(tokens[row])
+            self._reasons[row] = StopReason(stop[row])
+        stopped = {row: self._reasons[row] for row in served if stop[row]}
+        for row in stopped:
+            self.cache.kv.free(row)
+        if stopped:
+            self._run([row for row in served if row not in stopped])
+        return StepEvent(
+            step=step,
+            tokens={row: tokens[row] for row in served},
+            stop=stopped,
+            seconds=self._step_times[-1],
+            phrases={row: phrases[row] for row in served},
+            gain={row: gain[0][row] for row in served} if gain else {},
+            kv_bytes=self.cache.kv.bytes_in_use,
+        )
+
+    def _run(self, rows: list[int]) -> None:
+        """From here on the model runs these rows only; the others' LZ77 state stays untouched."""
+        self.active = self.cache.rows = rows
+        device = self._tokens.device
+        self._rows = torch.tensor(rows, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(len(self._tokens), dtype=torch.int32, device=device)
+        self._counts[self._rows] = 1
+
+
+def generate(
+    model: torch.nn.Module,
+    input_ids: TokenIds,
+    *,
+    policy: str | Policy = "full",
+    guardian: Guardian | None = None,
+    max_new_tokens: int = 256,
+    eos_token_id: int | Sequence[int] | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    page_size: int = 16,
+    on_token: Callable[[StepEvent], object] | None = None,
+    **policy_options,
+) -> GenerationResult:
+    """Generate with a policy and, if given, an early stop.
+
+    Args:
+        model: a transformers model that `attach` takes. Its attention implementation is "lil" during the call only.
+        input_ids: token ids ``[batch, tokens]`` (no padding), or a list of sequences of any lengths, each a list of
+            ints or a 1-D integer tensor.
+        policy: name or `Policy`; ``policy_options`` (budget=256, sink=4, ...) go to it. guardian: None: no early stop.
+        max_new_tokens: per sequence. eos_token_id: id or ids; None: the model's own; ``()``: none.
+        temperature, top_k, top_p: as in `lil_ops.sampling.sample`; temperature 0 is greedy. seed: sequence ``row``
+            draws from its own generator, seeded ``seed + row``.
+        page_size: tokens in a page of the cache. on_token: called with a `StepEvent` after each step; what it raises
+            ends the generation (use `DecodeLoop` to keep what was produced).
+
+    Sequences stop for the first of: an end-of-sequence token, the Guardian, ``max_new_tokens``. A stopped sequence
+    leaves the batch and returns its pages. An empty batch gives an empty result.
+
+    Raises ValueError, before any work, for a model that cannot be served, an empty prompt, ids outside the vocabulary,
+    or an option out of range.
+    """
+    if len(input_ids) == 0:
+        return GenerationResult(tokens=[], stop_reason=[], step_times=[], kv_bytes_peak=0, lz77=[])
+    loop = DecodeLoop(
+        model,
+        input_ids,
+        policy=policy,
+        guardian=guardian,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_token_id,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        page_size=page_size,
+        **policy_options,
+    )
+    with loop:
+        for event in loop:
+            if on_token is not None:
+                on_token(event)
+    return loop.result()
+
+
+def _check_prompts(input_ids: TokenIds, vocab_size: int) -> list[torch.Tensor]:
+    """The prompts as 1-D int64 tensors on the CPU."""
+    if isinstance(input_ids, torch.Tensor) and input_ids.ndim != 2:
+        raise ValueError(f"input_ids: expected [batch, tokens], got shape {list(input_ids.shape)}")
+    if len(input_ids) == 0:
+        raise ValueError("input_ids: expected at least one sequence, got an empty batch")
+    prompts = []
+    for row, sequence in enumerate(input_ids):
+        ids = torch.as_tensor(sequence)
+        if ids.ndim != 1:
+            raise ValueError(
+                f"input_ids: sequence {row}: expected a list of ids or a 1-D tensor, got {ids.ndim} dimensions"
+            )
+        if len(ids) == 0:
+            raise ValueError(f"input_ids: sequence {row}: expected at least one token, got an empty prompt")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"input_ids: sequence {row}: expected integers, got {ids.dtype}")
+        ids = ids.to("cpu", torch.int64)
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(outside):
+            raise ValueError(
+                f"input_ids: sequence {row}: expected ids from 0 to {vocab_size - 1}, got {int(outside[0])}"
+            )
+        prompts.append(ids)
+    return prompts
+
+
+def _uniforms(count: int, seed: int) -> torch.Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
+
+
+def _eos_ids(model: torch.nn.Module, eos_token_id: int | Iterable[int] | None) -> list[int]:
+    if eos_token_id is None:
+        eos_token_id = model.generation_config.eos_token_id
+    if eos_token_id is None:
+        return []
+    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)

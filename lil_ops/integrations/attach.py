@@ -1,0 +1,76 @@
+"""Which Hugging Face models can be served, and the facts about them that the cache needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Shape of a decoder-only model; ``sliding_windows`` has one entry a layer: tokens, or None for full attention."""
+
+    num_layers: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    sliding_windows: tuple[int | None, ...]
+
+
+def attach(model: nn.Module) -> ModelShape:
+    """Check that every layer of ``model`` is attention that the operators compute, and return the model's shape.
+
+    Served: decoder-only transformers models that reach attention through ``AttentionInterface``, each layer causal
+    softmax attention (full or sliding window, with or without softcap) with one head_dim and one number of KV heads.
+    Raises ValueError naming the model type and the reason for anything else. The model is not changed.
+    """
+    config = getattr(model, "config", None)
+    name = getattr(config, "model_type", type(model).__name__)
+
+    def require(condition: bool, reason: str) -> None:
+        if not condition:
+            raise ValueError(f"lil_ops cannot serve model type {name!r}: {reason}")
+
+    require(hasattr(config, "get_text_config"), "it is not a transformers model")
+    require(not config.is_encoder_decoder, "it is an encoder-decoder; only decoder-only models are served")
+    require(config.get_text_config() is config, "it is multimodal; load its text model instead")
+    require(model._supports_attention_backend, "its attention does not go through transformers' AttentionInterface")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    require(not kinds, f"it has layers of type {', '.join(sorted(kinds))}")
+
+    require(not getattr(config, "kv_lora_rank", None), "it has multi-head latent attention (MLA)")
+
+    layers = {module.layer_idx: module for module in model.modules() if _is_attention(module)}
+    without = [i for i in range(config.num_hidden_layers) if i not in layers]
+    require(not without, f"layers {without} have no standard attention module")
+    for module in layers.values():
+        require(not hasattr(module, "sinks"), "it has learned attention sinks")
+        require(getattr(module, "is_causal", True), "its attention is not causal")
+        require(
+            not getattr(module, "is_kv_shared_layer", False), "some of its layers share another layer's keys and values"
+        )
+    head_dims = {module.head_dim for module in layers.values()}
+    kv_heads = {_kv_heads(module, config) for module in layers.values()}
+    require(len(head_dims) == 1, f"its layers differ in head_dim: {sorted(head_dims)}")
+    require(len(kv_heads) == 1, f"its layers differ in KV heads: {sorted(kv_heads)}")
+    (head_dim,), (heads,) = head_dims, kv_heads
+    require(head_dim in HEAD_DIMS, f"head_dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}")
+    return ModelShape(len(layers), heads, head_dim, config.vocab_size, _sliding_windows(config))
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return all(isinstance(getattr(module, attribute, None), int) for attribute in ("layer_idx", "head_dim"))
+
+
+def _kv_heads(module: nn.Module, config) -> int:
+    # Models with one fused qkv projection have no k_proj; their layers are all alike.
+    return module.k_proj.out_features // module.head_dim if hasattr(module, "k_proj") else config.num_key_value_heads
+
+
+def _sliding_windows(config) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

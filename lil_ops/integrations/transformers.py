@@ -1,0 +1,311 @@
+"""Hugging Face transformers: the attention implementation "lil" and the Cache class that feeds it.
+
+    model.set_attn_implementation("lil")
+    cache = LilCache(model, policy="quest", budget=256, batch=1, max_tokens=4096)
+    model.generate(**inputs, past_key_values=cache)
+
+Without a LilCache, "lil" is dense attention: transformers' own sdpa, or plain PyTorch where a softcap rules sdpa out.
+Model code is not patched. A model calls ``cache.update`` and hands the keys it gets back to the attention function, so
+`LilCache.update` stores nothing yet: it ties itself to the key tensor. The attention function finds it there, and only
+there are the queries and the padding mask at hand that appending (no padding) and selecting pages need.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lil_ops import ops, policies
+from lil_ops.cache import PagedKVCache
+from lil_ops.integrations.attach import ModelShape, attach
+from lil_ops.policies import Policy
+
+NAME = "lil"
+
+# The attribute by which a key tensor leads from LilCache.update to lil_attention: (cache, layer).
+_TIE = "_lil_cache"
+
+
+def lil_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: over the `LilCache` that ``key`` came from, else dense.
+
+    Args:
+        query: ``[batch, q_heads, tokens, head_dim]``. key, value: ``[batch, kv_heads, tokens, head_dim]`` as
+            ``cache.update`` returned them. attention_mask: ``[batch, 1, tokens, keys]`` bool or None, from "lil"'s mask
+            function (transformers' sdpa mask).
+        scaling: factor on the logits; default ``head_dim ** -0.5``. dropout: dense path only.
+        sliding_window: the last tokens that may be read, current included. softcap: 0 or None is none.
+
+    Returns:
+        ``[batch, tokens, q_heads, head_dim]`` (rows of padding hold nothing of meaning), and None for the weights.
+
+    Raises ValueError for attention sinks, and with a LilCache for a position bias.
+    """
+    if kwargs.get("s_aux") is not None:
+        raise ValueError("attention 'lil': learned attention sinks are not supported")
+    cache, layer = getattr(key, _TIE, (None, None))
+    if cache is None:
+        return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, **kwargs), None
+    if kwargs.get("position_bias") is not None:
+        raise ValueError("attention 'lil': a position bias is not supported with a LilCache")
+    out = cache.attend(module, layer, query, key, value, attention_mask, scaling, sliding_window, softcap)
+    return out, None
+
+
+class LilCache(Cache):
+    """Keys and values of ``batch`` sequences in pages, and the policy that says which pages a decode step reads.
+
+    For ``model.generate(..., past_key_values=cache)`` with attention "lil". Left-padded batches keep their padding out
+    of the cache. For inference only: no beam search, no crop, one generation at a time (`reset` between two).
+
+    Args:
+        model: see `attach`. policy: name or `Policy`; ``policy_options`` (budget=..., sink=..., ...) go to it.
+        batch: sequences. max_tokens: tokens a sequence may hold, prompt and generated. page_size: tokens.
+
+    Attributes: ``kv`` the `PagedKVCache`, ``policy``, ``shape`` the `ModelShape`, and ``rows``, the cache rows that the
+    next forward pass serves in the order of its batch (set by a caller who serves a part; all by default).
+
+    Raises ValueError for a model, policy or option that cannot be served, before anything is allocated; in a forward
+    pass for a batch of another size, and what `PagedKVCache.begin_step` raises.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        policy: str | Policy = "full",
+        *,
+        batch: int = 1,
+        max_tokens: int,
+        page_size: int = 16,
+        **policy_options,
+    ):
+        self.policy = policies.get(policy, **policy_options)
+        self.shape: ModelShape = attach(model)
+        super().__init__(layers=[_LayerLength(max_tokens) for _ in range(self.shape.num_layers)])
+        self.kv = PagedKVCache(
+            num_layers=self.shape.num_layers,
+            kv_heads=self.shape.kv_heads,
+            head_dim=self.shape.head_dim,
+            batch=batch,
+            max_tokens=max_tokens,
+            page_size=page_size,
+            dtype=model.dtype,
+            device=model.device,
+            summary=self.policy.uses_summary,
+        )
+        self.rows = list(range(batch))
+        self._begun = False
+        self._unread: int | None = None
+
+    def begin(self, prompt_lens: list[int]) -> None:
+        """Start the policy for prompts of these lengths (tokens). The first forward pass does it where nobody has."""
+        self.policy.begin(self.kv, prompt_lens)
+        self._begun = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tie ``[batch, kv_heads, tokens, head_dim]`` keys to this cache; `lil_attention` appends and reads them."""
+        # Another attention implementation would see the step's own keys only: wrong output, and no error of its own.
+        if self._unread is not None:
+            raise RuntimeError(
+                f"LilCache: layer {self._unread}'s keys were not read by attention 'lil': "
+                "call model.set_attn_implementation('lil') first"
+            )
+        self._unread = layer_idx
+        setattr(key_states, _TIE, (self, layer_idx))
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Append one layer's keys and values, then attend; arguments and result as in `lil_attention`."""
+        self._unread = None
+        if layer == 0:
+            self._begin_step(key, mask)
+        kv, step = self.kv, self.kv.step
+        kv.append(layer, self._tokens(key), self._tokens(value))
+        if key.shape[2] == 1:
+            q = query[:, :, 0]
+            # Inside a window every token is read, whatever the policy: the model was trained with that budget.
+            selection = None if window else self.policy.select(layer, q, kv, scale)
+            out, _ = ops.sparse_decode(
+                q,
+                kv.k[layer],
+                kv.v[layer],
+                step.page_table,
+                step.seq_lens,
+                *(selection or ()),
+                scale=scale,
+                window=window or 0,
+                softcap=softcap or 0.0,
+            )
+            return out[:, None]
+        if self._was_empty:
+            return _dense(module, query, key, value, mask, scale, 0.0, softcap)
+        return self._attend_chunk(layer, query, scale, window, softcap)
+
+    def reset(self) -> None:
+        """Forget every sequence; the buffers stay."""
+        super().reset()
+        for row in range(self.kv.batch):
+            self.kv.free(row)
+        self._begun, self._unread = False, None
+
+    def _begin_step(self, key: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Open the step that all layers share: find the real tokens, map pages for them, start the policy."""
+        batch, _, tokens, _ = key.shape
+        if batch != len(self.rows):
+            raise ValueError(f"LilCache: batch: expected {len(self.rows)} sequences, got {batch}")
+        self._valid, counts = None, [tokens] * batch
+        if mask is not None:
+            if mask.dtype != torch.bool or mask.shape[-2:] != (tokens, tokens):
+                raise ValueError(
+                    f"LilCache: attention_mask: expected [batch, tokens], padding only; got a mask that became "
+                    f"{mask.dtype} of shape {list(mask.shape)} for {tokens} new tokens"
+                )
+            # A token may read itself unless it is padding.
+            valid = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+            real = valid.sum(1).tolist()
+            if real != counts:
+                self._valid, counts = valid, real
+        lengths = [self.kv.lengths[row] for row in self.rows]
+        self._was_empty = not any(lengths)
+        if not self._begun:
+            self.begin(counts)
+        self.kv.begin_step(self.rows, counts, prompt=tokens > 1 or self._was_empty)
+        if tokens == 1:
+            self.policy.begin_step(self.kv)
+
+    def _tokens(self, states: torch.Tensor) -> torch.Tensor:
+        """``[batch, kv_heads, tokens, head_dim]`` -> ``[real tokens, kv_heads, head_dim]``, sequence after sequence."""
+        states = states.transpose(1, 2)
+        return states.flatten(0, 1) if self._valid is None else states[self._valid]
+
+    def _attend_chunk(
+        self, layer: int, query: torch.Tensor, scale: float | None, window: int | None, softcap: float | None
+    ) -> torch.Tensor:
+        """A chunk of several tokens behind cached ones: dense, sequence by sequence, over the gathered cache."""
+        out = torch.zeros_like(query)
+        for i in range(len(self.rows)):
+            real = slice(None) if self._valid is None else self._valid[i]
+            q = query[i][:, real]
+            k, v = self.kv.gather(layer, i)
+            places = torch.arange(k.shape[1], device=k.device)
+            queries = places[places.shape[0] - q.shape[1] :, None]
+            mask = places <= queries
+            if window:
+                mask &= places > queries - window
+            out[i][:, real] = _attention(q[None], k[None], v[None], mask[None, None], scale, softcap)[0]
+        return out.transpose(1, 2)
+
+
+class _LayerLength(CacheLayerMixin):
+    """What transformers asks of one layer: how many tokens it has seen, padding included."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, max_tokens: int):
+        super().__init__()
+        self.max_tokens, self.seen = max_tokens, 0
+
+    def lazy_initialization(self, key_states, value_states):
+        pass
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.seen += key_states.shape[2]
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length):
+        # The mask covers the step's own tokens; the page table knows which tokens came before.
+        return query_length, self.seen
+
+    def get_seq_length(self):
+        return self.seen
+
+    def get_max_length(self):
+        return self.max_tokens
+
+    def reset(self):
+        self.seen = 0
+
+    def _unsupported(self, *args):
+        raise NotImplementedError("LilCache: beam search, several sequences a prompt and rollback are not supported")
+
+    reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _unsupported
+
+
+def _dense(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    dropout: float,
+    softcap: float | None,
+    **kwargs,
+) -> torch.Tensor:
+    """Dense attention of a model that keeps its own keys; shapes as in `lil_attention`."""
+    if not softcap:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs)[0]
+    if mask is None and query.shape[2] > 1:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()
+    return _attention(query, key, value, mask, scale, softcap, dropout).transpose(1, 2)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attention under a bool mask (True: read), ``[batch, q_heads, tokens, head_dim]`` out; KV heads serve groups."""
+    if not softcap:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        # The lowest finite value, not -inf: a query that is padding reads nothing, and must not become NaN.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, dropout, training=dropout > 0) @ value
+
+
+def register() -> None:
+    """Make ``attn_implementation="lil"`` known to transformers; importing this module does it. Safe to repeat."""
+    AttentionInterface.register(NAME, lil_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+register()

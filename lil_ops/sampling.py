@@ -1,0 +1,60 @@
+"""Choosing the next token of each sequence from its logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raise ValueError, naming the option, unless `sample` takes these options."""
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature: expected a finite number of at least 0 (0: greedy), got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k: expected at least 0 (0: all tokens), got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected more than 0 and at most 1, got {top_p}")
+
+
+def sample(
+    logits: torch.Tensor, uniforms: torch.Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0
+) -> torch.Tensor:
+    """The next token of each sequence: the most likely one, or a draw from the filtered distribution.
+
+    A row's token is a function of that row's logits and uniform number alone, so it does not depend on the batch around
+    it. Tensor operations only, no host sync.
+
+    Args:
+        logits: ``[batch, vocab]``, floating. uniforms: ``[batch]``, floating, in [0, 1); not read when greedy.
+        temperature: divides the logits; 0 takes the largest logit. top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: of those keep the fewest most likely ones whose probability reaches ``top_p``.
+
+    Returns:
+        ``[batch]`` int64.
+
+    Raises ValueError for a shape, dtype or option out of these bounds.
+
+    Equivalent PyTorch: inverse transform sampling, ``(kept_probabilities.cumsum(-1) <= uniform).sum()``.
+    """
+    check_sampling(temperature, top_k, top_p)
+    if logits.ndim != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits: expected floating [batch, vocab], got {logits.dtype} of shape {list(logits.shape)}")
+    if temperature == 0:
+        return logits.argmax(-1)
+    if uniforms.shape != logits.shape[:1] or not uniforms.is_floating_point():
+        raise ValueError(f"uniforms: expected floating [batch], got {uniforms.dtype} of shape {list(uniforms.shape)}")
+
+    logits, tokens = logits.float() / temperature, None
+    if 0 < top_k < logits.shape[1]:
+        logits, tokens = logits.topk(top_k)
+    elif top_p < 1:
+        logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
+    # float64, so that the cumulative sum of a large vocabulary keeps its rare tokens apart.
+    cumulative = logits.softmax(-1).double().cumsum(-1)
+    # A token stays while those before it have not reached top_p, so the first always does.
+    last = torch.searchsorted(cumulative, top_p * cumulative[:, -1:])
+    target = uniforms[:, None].double() * cumulative.gather(1, last)
+    # Rounding may carry the largest uniforms up to the total, past the last token.
+    index = torch.minimum(torch.searchsorted(cumulative, target, right=True), last)
+    return (index if tokens is None else tokens.gather(1, index))[:, 0]

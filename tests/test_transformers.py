@@ -1,0 +1,244 @@
+"""The Hugging Face integration on tiny random models of each family, against transformers' own attention."""
+
+import pytest
+import torch
+import transformers as hf
+from tiny_models import (
+    ALTERNATING,
+    BASE,
+    FAMILIES,
+    WINDOW,
+    LogitsLog,
+    build,
+    dense_implementation,
+    hf_generate,
+    left_padded,
+    prompts,
+)
+
+from lil_ops.cache import OutOfPagesError
+from lil_ops.decode import generate
+from lil_ops.integrations.attach import attach
+from lil_ops.integrations.transformers import LilCache, register
+
+NEW = 40
+COVERING = [("quest", {"budget": 128}), ("sink", {"budget": 128}), ("quest", {"budget": 128, "dense_layers": 0})]
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return build(request.param)
+
+
+def expected(model, input_ids, new_tokens=NEW, **options):
+    model.set_attn_implementation(dense_implementation(model))
+    return hf_generate(model, input_ids, new_tokens, **options)
+
+
+def test_full_gives_the_tokens_of_transformers_generate(model):
+    batch = torch.stack(prompts(27, 27, 27))
+    want = expected(model, batch)
+    assert len(set(map(tuple, want))) == 3, "prompts that give the same output prove little"
+    assert generate(model, batch, max_new_tokens=NEW).tokens == want
+
+
+@pytest.mark.parametrize(("policy", "options"), COVERING)
+def test_a_covering_budget_gives_fulls_logits_bit_for_bit(model, policy, options):
+    batch = prompts(27, 9)
+    with LogitsLog(model) as full:
+        generate(model, batch, max_new_tokens=NEW)
+    with LogitsLog(model) as covered:
+        generate(model, batch, max_new_tokens=NEW, policy=policy, **options)
+    assert len(full.logits) == NEW + 1
+    assert all(map(torch.equal, full.logits, covered.logits))
+
+
+def test_sink_reads_exactly_its_pages():
+    model, prompt = build("llama"), prompts(30)
+    with LogitsLog(model) as log:
+        tokens = generate(model, prompt, max_new_tokens=NEW, policy="sink", budget=32, sink=4, page_size=8).tokens[0]
+    # The same run in one dense pass: a generated token sees page 0 and the last three pages, a prompt token everything.
+    ids = torch.cat([prompt[0], torch.tensor(tokens[:-1])])[None]
+    place = torch.arange(ids.shape[1])
+    query, page = place[:, None], place[None] // 8
+    seen = (place[None] <= query) & ((query < 30) | (page == 0) | (page > query // 8 - 3))
+    model.set_attn_implementation("sdpa")
+    dense = model(ids, attention_mask=seen[None, None]).logits[0, 29:]
+    torch.testing.assert_close(torch.cat(log.logits), dense, atol=1e-4, rtol=1e-4)
+    full = model(ids).logits[0, 29:]
+    assert (full - dense).abs().max() > 0.1, "the pages left out must matter for the comparison to mean anything"
+
+
+@pytest.mark.parametrize("policy", ["full", "quest"])
+def test_generate_with_a_left_padded_batch(model, policy):
+    ids, mask = left_padded(prompts(27, 9, 18))
+    want = expected(model, ids, attention_mask=mask)
+    model.set_attn_implementation("lil")
+    cache = LilCache(model, policy, batch=3, max_tokens=27 + NEW, **({"budget": 80} if policy == "quest" else {}))
+    assert hf_generate(model, ids, NEW, attention_mask=mask, past_key_values=cache) == want
+    # The last token is never fed back. Padding is never stored.
+    assert cache.kv.lengths == [27 + NEW - 1, 9 + NEW - 1, 18 + NEW - 1]
+
+
+def test_without_a_lil_cache_it_is_dense_attention(model):
+    ids, mask = left_padded(prompts(27, 9))
+    model.set_attn_implementation(dense_implementation(model))
+    with LogitsLog(model) as dense:
+        want = hf_generate(model, ids, NEW, attention_mask=mask)
+    model.set_attn_implementation("lil")
+    with LogitsLog(model) as lil:
+        assert hf_generate(model, ids, NEW, attention_mask=mask) == want
+    for a, b in zip(dense.logits, lil.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_packed_and_uncached_passes_are_dense(cached):
+    model = build("gemma2")
+    ids = torch.stack(prompts(40, 40))
+    outputs = []
+    for implementation in ("eager", "lil"):
+        model.set_attn_implementation(implementation)
+        # Positions that start again pack two sequences in one row, where there is no cache.
+        positions = None if cached else torch.cat([torch.arange(25), torch.arange(15)])[None].expand(2, -1)
+        outputs.append(model(ids, position_ids=positions, use_cache=cached).logits)
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_chunked_prefill(model, padded):
+    ids, mask = left_padded(prompts(27, 12 if padded else 27))
+    want = expected(model, ids, attention_mask=mask)
+    model.set_attn_implementation("lil")
+    cache = LilCache(model, batch=2, max_tokens=27 + NEW)
+    # Chunks of 10: for the short prompt the first one is all padding.
+    assert hf_generate(model, ids, NEW, attention_mask=mask, past_key_values=cache, prefill_chunk_size=10) == want
+    assert cache.kv.lengths == [len(row[row > 0]) + NEW - 1 for row in ids * mask]
+
+
+def test_a_second_turn_continues_the_cache(model):
+    first, second = torch.stack(prompts(20, 20)), torch.stack(prompts(11, 11, seed=2))
+    model.set_attn_implementation("lil")
+    cache = LilCache(model, batch=2, max_tokens=120)
+    reply = model.generate(
+        first, attention_mask=torch.ones_like(first), max_new_tokens=9, do_sample=False, past_key_values=cache
+    )
+    talk = torch.cat([reply, second], 1)
+    found = hf_generate(model, talk, NEW, past_key_values=cache)
+    assert found == expected(model, talk)
+    model.set_attn_implementation("lil")
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.kv.bytes_in_use == 0
+    assert hf_generate(model, talk, NEW, past_key_values=cache) == found
+
+
+def test_importing_registers_once_and_again():
+    register()
+    register()
+    model = FAMILIES["llama"]()
+    model.set_attn_implementation("lil")
+    assert model.config._attn_implementation == "lil"
+    assert (
+        hf.LlamaForCausalLM._from_config(model.config, attn_implementation="lil").config._attn_implementation == "lil"
+    )
+
+
+def test_attach_returns_the_shape():
+    shape = attach(build("gemma2"))
+    assert (shape.num_layers, shape.kv_heads, shape.head_dim, shape.vocab_size) == (4, 2, 64, 211)
+    assert shape.sliding_windows == (WINDOW, None, WINDOW, None)
+    assert attach(build("mistral-sliding")).sliding_windows == (WINDOW,) * 4
+    assert attach(build("mistral")).sliding_windows == attach(build("llama")).sliding_windows == (None,) * 4
+
+
+def small(**changes):
+    return {**BASE, **changes}
+
+
+UNSERVED = {
+    "t5": (
+        lambda: hf.T5ForConditionalGeneration(
+            hf.T5Config(vocab_size=50, d_model=64, d_kv=64, d_ff=64, num_layers=1, num_heads=1)
+        ),
+        "encoder-decoder",
+    ),
+    "llama": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**small(head_dim=32))), "head_dim 32"),
+    "gpt_oss": (
+        lambda: hf.GptOssForCausalLM(
+            hf.GptOssConfig(**small(layer_types=ALTERNATING, num_local_experts=2, num_experts_per_tok=1))
+        ),
+        "attention sinks",
+    ),
+    "deepseek_v3": (
+        lambda: hf.DeepseekV3ForCausalLM(
+            hf.DeepseekV3Config(
+                **{k: v for k, v in BASE.items() if k != "head_dim"},
+                q_lora_rank=16,
+                kv_lora_rank=16,
+                n_routed_experts=2,
+                n_group=1,
+                topk_group=1,
+                num_experts_per_tok=1,
+                moe_intermediate_size=32,
+                first_k_dense_replace=4,
+            )
+        ),
+        "MLA",
+    ),
+    "mamba": (
+        lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=50, hidden_size=64, num_hidden_layers=1)),
+        "AttentionInterface|no standard attention",
+    ),
+    "gemma3_text": (
+        lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**BASE, use_bidirectional_attention=True)),
+        "not causal",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNSERVED)
+def test_models_that_cannot_be_served(kind):
+    make, reason = UNSERVED[kind]
+    model = make()
+    with pytest.raises(ValueError, match=f"cannot serve model type '{kind}': .*({reason})"):
+        attach(model)
+    with pytest.raises(ValueError, match=reason):
+        LilCache(model, max_tokens=16)
+
+
+def test_not_a_transformers_model():
+    with pytest.raises(ValueError, match="'Linear': it is not a transformers model"):
+        attach(torch.nn.Linear(2, 2))
+
+
+def test_another_attention_implementation_is_told():
+    model, ids = build("llama"), torch.stack(prompts(5))
+    with pytest.raises(RuntimeError, match=r"set_attn_implementation\('lil'\)"):
+        model(ids, past_key_values=LilCache(model, max_tokens=16), use_cache=True)
+
+
+def test_errors_of_a_pass():
+    model, ids = build("llama"), torch.stack(prompts(5, 5))
+    model.set_attn_implementation("lil")
+
+    def run(cache, **options):
+        return model(ids, past_key_values=cache, use_cache=True, **options)
+
+    with pytest.raises(ValueError, match="batch: expected 1 sequences, got 2"):
+        run(LilCache(model, max_tokens=16))
+    with pytest.raises(ValueError, match="expected at most 4 tokens"):
+        run(LilCache(model, batch=2, max_tokens=4))
+    with pytest.raises(ValueError, match="attention_mask: expected"):
+        run(LilCache(model, batch=2, max_tokens=16), attention_mask=torch.zeros(2, 1, 5, 5))
+    cache = LilCache(model, batch=2, max_tokens=16)
+    cache.kv._free.clear()
+    with pytest.raises(OutOfPagesError):
+        run(cache)
+    with pytest.raises(NotImplementedError, match="beam search"):
+        model.generate(
+            ids[:1],
+            attention_mask=torch.ones(1, 5),
+            num_beams=2,
+            max_new_tokens=4,
+            past_key_values=LilCache(model, batch=2, max_tokens=16),
+        )
