@@ -1,4 +1,4 @@
-"""append_kv (one token a sequence, with summaries, and a prompt) against indexed assignment, which keeps no summaries."""
+"""append_kv (one token a sequence with summaries; a prompt) against indexed assignment, which keeps no summaries."""
 
 import pytest
 import shapes

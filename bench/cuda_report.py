@@ -21,7 +21,8 @@ USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 
 def compile_log(source: Path, archs: list[str]) -> str:
-    command = ["nvcc", "-std=c++20", "-O3", "-Xptxas=-v", "--expt-relaxed-constexpr", "-c", str(source), "-o", os.devnull]
+    command = ["nvcc", "-std=c++20", "-O3", "-Xptxas=-v", "--expt-relaxed-constexpr"]
+    command += ["-c", str(source), "-o", os.devnull]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'csrc'}"]
     command += [f"-isystem={path}" for path in include_paths()]
@@ -51,7 +52,8 @@ def main() -> int:
             elif (found := USED.search(line)) and kernel:
                 spills = stack[1] + stack[2]
                 spilled |= spills > 0
-                print(f"{demangled(kernel)[:60]:60} {arch:7} {found[1]:>9} {found[2] or 0:>7} {stack[0]:>6} {spills:>7}")
+                name, shared = demangled(kernel)[:60], found[2] or 0
+                print(f"{name:60} {arch:7} {found[1]:>9} {shared:>7} {stack[0]:>6} {spills:>7}")
                 kernel = None
     if spilled:
         print("a kernel spills registers", file=sys.stderr)

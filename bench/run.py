@@ -24,8 +24,9 @@ def run(arguments: list[str]) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "raw.json"
-        command = [sys.executable, "-m", "pytest", str(BENCH), "-q", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider"]
-        subprocess.run([*command, f"--benchmark-json={raw}", *arguments], cwd=BENCH.parent, check=True)
+        command = [sys.executable, "-m", "pytest", str(BENCH), "-q", "-o", "python_files=bench_*.py"]
+        command += ["-p", "no:cacheprovider", f"--benchmark-json={raw}", *arguments]
+        subprocess.run(command, cwd=BENCH.parent, check=True)
         measured = json.loads(raw.read_text())["benchmarks"]
     cases: dict[str, list[dict]] = {}
     for one in measured:
@@ -41,7 +42,7 @@ def run(arguments: list[str]) -> None:
     build = lil_ops.build_info()
     result = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "csrc", "lil_ops") else ""),
+        "commit": _commit(),
         "machine": {"cpu": _cpu_name(), "threads": 2, "isa": build["isa"]},
         "versions": {name: build[name] for name in ("lil_ops", "python", "torch")},
         "command": "make bench",
@@ -58,9 +59,10 @@ def report() -> None:
         "",
         "Generated from `bench/results/cpu.json` by `bench/run.py`; do not edit. Measured again by `make bench`.",
         "",
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}; torch {versions['torch']}; {result['date']}, "
-        f"commit {result['commit']}. Medians. *Share of read*: bytes that must be read, over the time, over the bandwidth "
-        "of a 512 MB read measured just before. *Against lil*: the variant's time over ours, same run.",
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}; torch {versions['torch']}; "
+        f"{result['date']}, commit {result['commit']}. Medians. *Share of read*: bytes that must be read, over the time, "
+        "over the bandwidth of a 512 MB read measured just before. *Against lil*: the variant's time over ours, same "
+        "run.",
         "",
         "Unless said otherwise: bf16, 8 KV heads x group 4, head_dim 128, page 16, context 32768, budget 2048.",
         "",
@@ -79,6 +81,11 @@ def report() -> None:
 
 def _time(us: float) -> str:
     return f"{us:.1f} us" if us < 1000 else f"{us / 1000:.2f} ms"
+
+
+def _commit() -> str:
+    """The commit that was measured; a + behind it says that the sources were changed since."""
+    return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "csrc", "lil_ops") else "")
 
 
 def _git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""The attention benchmarks' common case: bf16, 8 KV heads x group 4, head_dim 128, 32k context, budget 2048, page 16."""
+"""The attention benchmarks' common case: bf16, 8 KV heads x group 4, head_dim 128, page 16, context 32k, budget 2k."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """lil_ops: sparse attention over a paged KV cache and an early stop on the device, as PyTorch custom operators.
 
-The core needs torch and numpy only. `generate`, `DecodeLoop`, `LilCache` and `load_model` work on Hugging Face models and
-import transformers when they are first used (``pip install lil-ops[hf]``).
+The core needs torch and numpy only. `generate`, `DecodeLoop`, `LilCache` and `load_model` work on Hugging Face models
+and import transformers when they are first used (``pip install lil-ops[hf]``).
 """
 
 __version__ = "0.1.0"

@@ -14,8 +14,8 @@ try:
     torch.ops.load_library(PACKAGE / "liblil_cpu.so")
 except OSError as error:
     raise ImportError(
-        f"lil_ops: the native library {PACKAGE / 'liblil_cpu.so'} did not load ({error}). Build it with torch installed "
-        "first: pip install --no-build-isolation ."
+        f"lil_ops: the native library {PACKAGE / 'liblil_cpu.so'} did not load ({error}). Build it with torch "
+        "installed first: pip install --no-build-isolation ."
     ) from error
 
 _cuda_library = PACKAGE / "liblil_cuda.so"

@@ -40,8 +40,8 @@ class PagedKVCache:
         num_pages: size of the pool; default: every row full.
         summary: keep page summaries (``[num_pages, kv_heads, 2, head_dim]``, elementwise min and max of the keys).
 
-    Buffers, one a layer: ``k``, ``v`` ``[num_pages, kv_heads, page_size, head_dim]`` and ``summary`` (or None). They are
-    allocated once; on the CPU the operating system commits their memory as pages are first written.
+    Buffers, one a layer: ``k``, ``v`` ``[num_pages, kv_heads, page_size, head_dim]`` and ``summary`` (or None). They
+    are allocated once; on the CPU the operating system commits their memory as pages are first written.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class PagedKVCache:
         self._rows_table = None
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write this step's keys and values ``[tokens, kv_heads, head_dim]`` (rows in the step's order) into ``layer``."""
+        """Write this step's keys and values ``[tokens, kv_heads, head_dim]``, in the order of its rows, into a layer."""
         step = self.step
         ops.append_kv(
             self.k[layer], self.v[layer], self.summary[layer], k, v, step.page_table, step.seq_lens, step.cu_seqlens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -12,7 +11,7 @@ import torch
 from lil_ops import _C
 from lil_ops.guardian import Guardian, Lz77Tracker, StopReason
 from lil_ops.integrations.attach import attach
-from lil_ops.integrations.transformers import NAME, LilCache
+from lil_ops.integrations.transformers import NAME, LilCache, cache_argument
 from lil_ops.policies import Policy
 from lil_ops.result import GenerationResult, StepEvent
 from lil_ops.sampling import check_sampling, sample
@@ -63,9 +62,7 @@ class DecodeLoop:
             model, policy, batch=batch, max_tokens=max(lengths) + max_new_tokens, page_size=page_size, **policy_options
         )
         self.cache.begin(lengths)
-        # transformers 5.x renames the argument; both names work somewhere, but the old one warns.
-        parameters = inspect.signature(model.forward).parameters
-        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._cache_argument = cache_argument(model)
         self._attention_before: str | None = None
 
         self._max_new_tokens = max_new_tokens

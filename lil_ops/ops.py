@@ -1,16 +1,16 @@
 """The operators: typed wrappers with their documentation, and the fake kernels that torch.compile traces with.
 
 Every wrapper calls ``torch.ops.lil.<name>``, which can be used directly. ``lil_ops.reference`` defines each result in
-plain float64 PyTorch. Shapes name: ``batch`` sequences, ``q_heads = group * kv_heads``, ``head_dim`` in 64, 80, 96, 128,
-192, 256, ``page_size`` a power of two from 8 to 128. Lengths, tables and page ids are int32; caches and queries fp32,
-fp16 or bf16 (they may differ); arithmetic is fp32.
+plain float64 PyTorch. Shapes name: ``batch`` sequences, ``q_heads = group * kv_heads``, ``head_dim`` in 64, 80, 96,
+128, 192, 256, ``page_size`` a power of two from 8 to 128. Lengths, tables and page ids are int32; caches and queries
+fp32, fp16 or bf16 (they may differ); arithmetic is fp32.
 
 Errors: a wrong shape, dtype, device, stride or option raises RuntimeError ``lil::OPERATOR: ARGUMENT: expected ..., got
 ...`` and nothing is written. On the CPU so do lengths, page ids and token ids out of range.
 
-A page table is ``[batch, max_pages]``, or ``[batch, kv_heads, max_pages]`` where heads have tables of their own: logical
-page of the sequence -> physical page of the cache. ``seq_lens`` always counts the tokens of the step at hand, appended
-or about to be.
+A page table is ``[batch, max_pages]``, or ``[batch, kv_heads, max_pages]`` where heads have tables of their own:
+logical page of the sequence -> physical page of the cache. ``seq_lens`` always counts the tokens of the step at hand,
+appended or about to be.
 """
 
 from __future__ import annotations
@@ -71,9 +71,10 @@ def score_pages(
     Args:
         q: ``[batch, q_heads, head_dim]``. summary: as in `append_kv`. page_table, seq_lens: see the module; a page
             whose entry is -1 is not mapped and scores -inf.
-        scale: positive factor on the logits; default ``head_dim ** -0.5``, so that scores are in the units of `sparse_decode`'s lse.
-        summary_mode: ``"minmax"`` is Quest's upper bound (Tang et al., arXiv 2406.10774): no key of the page has a larger
-            ``scale * q . k`` for any query head of the group.
+        scale: positive factor on the logits; default ``head_dim ** -0.5``, so that scores are in the units of
+            `sparse_decode`'s lse.
+        summary_mode: ``"minmax"`` is Quest's upper bound (Tang et al., arXiv 2406.10774): no key of the page has a
+            larger ``scale * q . k`` for any query head of the group.
 
     Returns:
         ``[batch, kv_heads, max_pages]`` float32; pages past the end of a sequence are -inf.
@@ -98,9 +99,9 @@ def select_pages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the pages that each KV head reads, within an exact budget.
 
-    Always in: the pages of the last ``recent`` tokens, then those of the first ``sink`` tokens (``protected_lens[b]`` tokens
-    where that is more). The rest of the budget goes to the highest scores; among equals the earlier page wins, NaN ranks
-    highest as in torch.topk. A sequence of no more pages than the budget is read whole.
+    Always in: the pages of the last ``recent`` tokens, then those of the first ``sink`` tokens (``protected_lens[b]``
+    tokens where that is more). The rest of the budget goes to the highest scores; among equals the earlier page wins,
+    NaN ranks highest as in torch.topk. A sequence of no more pages than the budget is read whole.
 
     Args:
         scores: ``[batch, kv_heads, max_pages]`` float32, last dimension contiguous. seq_lens: ``[batch]``.
@@ -143,8 +144,8 @@ def sparse_decode(
 
     Returns:
         out ``[batch, q_heads, head_dim]`` in q's dtype; lse ``[batch, q_heads]`` float32, natural log of the sum of
-        exponentials of the logits read. A sequence that reads nothing has out 0 and lse -inf. The result does not depend
-        on the number of threads, and a list of all pages gives the bits that None gives.
+        exponentials of the logits read. A sequence that reads nothing has out 0 and lse -inf. The result does not
+        depend on the number of threads, and a list of all pages gives the bits that None gives.
 
     Equivalent PyTorch, for query head i of KV head h::
 

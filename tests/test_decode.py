@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from lil_ops.guardian import Guardian, StopReason
 from tiny_models import LogitsLog, build, hf_generate, prompts
 
 from lil_ops.decode import DecodeLoop, generate
+from lil_ops.guardian import Guardian, StopReason
 
 NEW = 32
 

@@ -96,8 +96,8 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input(device, message):
     cache = paged(device, [20, 5])
-    args = dict(q=queries(device, 2, 4, 64), summary=cache.summary, page_table=cache.page_table, seq_lens=cache.seq_lens,
-                page_size=16)  # fmt: skip
+    args = dict(q=queries(device, 2, 4, 64), summary=cache.summary, page_table=cache.page_table,
+                seq_lens=cache.seq_lens, page_size=16)  # fmt: skip
     BAD[message](args)
     with pytest.raises(RuntimeError, match=f"lil::score_pages: {message}"):
         lil_ops.score_pages(**args)

@@ -14,6 +14,7 @@ from tiny_models import (
     hf_generate,
     left_padded,
     prompts,
+    taking,
 )
 
 from lil_ops.cache import OutOfPagesError
@@ -75,7 +76,7 @@ def test_generate_with_a_left_padded_batch(model, policy):
     want = expected(model, ids, attention_mask=mask)
     model.set_attn_implementation("lil")
     cache = LilCache(model, policy, batch=3, max_tokens=27 + NEW, **({"budget": 80} if policy == "quest" else {}))
-    assert hf_generate(model, ids, NEW, attention_mask=mask, past_key_values=cache) == want
+    assert hf_generate(model, ids, NEW, attention_mask=mask, cache=cache) == want
     # The last token is never fed back. Padding is never stored.
     assert cache.kv.lengths == [27 + NEW - 1, 9 + NEW - 1, 18 + NEW - 1]
 
@@ -112,7 +113,7 @@ def test_chunked_prefill(model, padded):
     model.set_attn_implementation("lil")
     cache = LilCache(model, batch=2, max_tokens=27 + NEW)
     # Chunks of 10: for the short prompt the first one is all padding.
-    assert hf_generate(model, ids, NEW, attention_mask=mask, past_key_values=cache, prefill_chunk_size=10) == want
+    assert hf_generate(model, ids, NEW, attention_mask=mask, cache=cache, prefill_chunk_size=10) == want
     assert cache.kv.lengths == [len(row[row > 0]) + NEW - 1 for row in ids * mask]
 
 
@@ -120,16 +121,14 @@ def test_a_second_turn_continues_the_cache(model):
     first, second = torch.stack(prompts(20, 20)), torch.stack(prompts(11, 11, seed=2))
     model.set_attn_implementation("lil")
     cache = LilCache(model, batch=2, max_tokens=120)
-    reply = model.generate(
-        first, attention_mask=torch.ones_like(first), max_new_tokens=9, do_sample=False, past_key_values=cache
-    )
-    talk = torch.cat([reply, second], 1)
-    found = hf_generate(model, talk, NEW, past_key_values=cache)
+    reply = torch.tensor(hf_generate(model, first, 9, cache=cache))
+    talk = torch.cat([first, reply, second], 1)
+    found = hf_generate(model, talk, NEW, cache=cache)
     assert found == expected(model, talk)
     model.set_attn_implementation("lil")
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.kv.bytes_in_use == 0
-    assert hf_generate(model, talk, NEW, past_key_values=cache) == found
+    assert hf_generate(model, talk, NEW, cache=cache) == found
 
 
 def test_importing_registers_once_and_again():
@@ -214,7 +213,7 @@ def test_not_a_transformers_model():
 def test_another_attention_implementation_is_told():
     model, ids = build("llama"), torch.stack(prompts(5))
     with pytest.raises(RuntimeError, match=r"set_attn_implementation\('lil'\)"):
-        model(ids, past_key_values=LilCache(model, max_tokens=16), use_cache=True)
+        model(ids, use_cache=True, **taking(model, LilCache(model, max_tokens=16)))
 
 
 def test_errors_of_a_pass():
@@ -222,7 +221,7 @@ def test_errors_of_a_pass():
     model.set_attn_implementation("lil")
 
     def run(cache, **options):
-        return model(ids, past_key_values=cache, use_cache=True, **options)
+        return model(ids, use_cache=True, **taking(model, cache), **options)
 
     with pytest.raises(ValueError, match="batch: expected 1 sequences, got 2"):
         run(LilCache(model, max_tokens=16))
@@ -240,5 +239,5 @@ def test_errors_of_a_pass():
             attention_mask=torch.ones(1, 5),
             num_beams=2,
             max_new_tokens=4,
-            past_key_values=LilCache(model, batch=2, max_tokens=16),
+            **taking(model, LilCache(model, batch=2, max_tokens=16)),
         )

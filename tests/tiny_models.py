@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import transformers as hf
 
+from lil_ops.integrations.transformers import cache_argument
+
 WINDOW = 16
 BASE = dict(
     vocab_size=211,
@@ -61,9 +63,18 @@ def prompts(*lengths: int, seed: int = 1) -> list[torch.Tensor]:
     return [torch.randint(1, BASE["vocab_size"], (length,), generator=generator) for length in lengths]
 
 
-def hf_generate(model: hf.PreTrainedModel, input_ids: torch.Tensor, new_tokens: int, **options) -> list[list[int]]:
+def taking(model: hf.PreTrainedModel, cache: hf.Cache) -> dict[str, hf.Cache]:
+    """The keyword argument that gives ``cache`` to the model's forward or generate."""
+    return {cache_argument(model): cache}
+
+
+def hf_generate(
+    model: hf.PreTrainedModel, input_ids: torch.Tensor, new_tokens: int, cache: hf.Cache | None = None, **options
+) -> list[list[int]]:
     """The new tokens of transformers' own greedy generate under the model's present attention implementation."""
     options.setdefault("attention_mask", torch.ones_like(input_ids))
+    if cache is not None:
+        options |= taking(model, cache)
     output = model.generate(input_ids, max_new_tokens=new_tokens, do_sample=False, **options)
     return output[:, input_ids.shape[1] :].tolist()
 

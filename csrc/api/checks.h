@@ -30,9 +30,10 @@ std::string text(const Parts&... parts) {
 }
 
 // The message is built only when the check fails: the hot path pays for a comparison.
-#define LIL_CHECK(condition, op, arg, expected, got)             \
-  do {                                                           \
-    if (!(condition)) [[unlikely]] ::lil::fail(op, arg, expected, got); \
+#define LIL_CHECK(condition, op, arg, expected, got) \
+  do {                                               \
+    if (!(condition)) [[unlikely]]                   \
+      ::lil::fail(op, arg, expected, got);           \
   } while (false)
 
 inline std::string shape_text(const Tensor& t) {
@@ -59,7 +60,8 @@ inline void check_shape(const Tensor& t, const char* op, const char* arg, const 
       ++i;
     }
   }
-  if (ok) [[likely]] return;
+  if (ok) [[likely]]
+    return;
   std::ostringstream want;
   i = 0;
   for (int64_t size : sizes) {

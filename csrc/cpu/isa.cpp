@@ -20,7 +20,9 @@ namespace {
 
 const Kernels& choose() {
   const char* wanted = std::getenv("LIL_CPU_ISA");
-  [[maybe_unused]] const auto allowed = [&](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
+  [[maybe_unused]] const auto allowed = [&](const char* name) {
+    return wanted == nullptr || std::strcmp(wanted, name) == 0;
+  };
 #ifdef LIL_HAVE_avx512
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {

@@ -60,9 +60,8 @@ void sparse_decode(const SparseDecodeParams& p, const Tensor&) {
   const AttendItem* list = items.data();
   const int64_t* first = first_item.data();
   const Kernels& isa = kernels();
-  torch::stable::parallel_for(0, static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
-    isa.attend_chunks(p, list, partials, begin, end);
-  });
+  torch::stable::parallel_for(0, static_cast<int64_t>(items.size()), 1,
+                              [&](int64_t begin, int64_t end) { isa.attend_chunks(p, list, partials, begin, end); });
   constexpr int64_t kGrain = 16;  // a head's partial results are a few kilobytes
   torch::stable::parallel_for(0, p.batch * heads, kGrain, [&](int64_t begin, int64_t end) {
     isa.combine_chunks(p, list, first, partials, begin, end);

@@ -1,5 +1,5 @@
-// Every launcher begins with `const Launch launch(tensor)`: the tensor's device is current while it lives, and stream is
-// torch's current stream there.
+// Every launcher begins with `const Launch launch(tensor)`: the tensor's device is current while it lives, and stream
+// is torch's current stream there.
 #pragma once
 
 #include <cuda_runtime.h>

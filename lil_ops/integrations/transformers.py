@@ -2,7 +2,7 @@
 
     model.set_attn_implementation("lil")
     cache = LilCache(model, policy="quest", budget=256, batch=1, max_tokens=4096)
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, past_key_values=cache)     # or cache=cache: see `cache_argument`
 
 Without a LilCache, "lil" is dense attention: transformers' own sdpa, or plain PyTorch where a softcap rules sdpa out.
 Model code is not patched. A model calls ``cache.update`` and hands the keys it gets back to the attention function, so
@@ -11,6 +11,8 @@ there are the queries and the padding mask at hand that appending (no padding) a
 """
 
 from __future__ import annotations
+
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -300,6 +302,15 @@ def _attention(
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return F.dropout(weights, dropout, training=dropout > 0) @ value
+
+
+def cache_argument(model: torch.nn.Module) -> str:
+    """The name by which the model's forward and generate take a cache.
+
+    transformers renames ``past_key_values`` to ``cache`` within 5.x: older versions do not know the new name, newer
+    ones warn of the old.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def register() -> None:

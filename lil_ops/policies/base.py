@@ -10,7 +10,7 @@ from lil_ops.cache import PagedKVCache
 
 
 class Selection(NamedTuple):
-    """The pages each KV head reads: ``pages [batch, kv_heads, capacity]`` ascending, -1 padded, ``counts [batch, kv_heads]``."""
+    """The pages each KV head reads: ``pages [batch, kv_heads, capacity]`` (-1 padded), ``counts [batch, kv_heads]``."""
 
     pages: torch.Tensor
     counts: torch.Tensor
@@ -51,7 +51,8 @@ class Policy:
             raise ValueError(f"policy {self.name}: budget: expected a number of tokens, got None")
         if budget < sink + recent + 1:
             raise ValueError(
-                f"policy {self.name}: budget: expected at least sink + recent + 1 = {sink + recent + 1} tokens, got {budget}"
+                f"policy {self.name}: budget: expected at least sink + recent + 1 = {sink + recent + 1} tokens, "
+                f"got {budget}"
             )
         self.budget, self.sink, self.recent = budget, sink, recent
         self.protect_prompt, self.dense_layers = protect_prompt, dense_layers

@@ -2,7 +2,7 @@
 
 Every page keeps the elementwise min and max of its keys. A step scores each page by the upper bound of q . k that
 these allow, and reads the best pages. Published: pages of 16 tokens, the first two layers dense.
-Published for one query head a KV head; here (GQA) the query heads of a group share one decision, by their highest bound.
+Published for one query head a KV head; here (GQA) the heads of a group share one decision, by their highest bound.
 """
 
 from __future__ import annotations

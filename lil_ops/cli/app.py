@@ -1,0 +1,21 @@
+"""The application: its commands, and which exceptions are errors of the user."""
+
+from __future__ import annotations
+
+import typer
+
+from lil_ops.cli.errors import UserError
+from lil_ops.cli.generate import generate
+from lil_ops.cli.info import info
+
+# Typer's usage errors have a public name only through this subclass of theirs.
+USER_ERRORS = (UserError, typer.BadParameter.__base__)
+
+app = typer.Typer(
+    help="Sparse attention over a paged KV cache and an early stop, for cheap long decoding.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate)
+app.command()(info)
