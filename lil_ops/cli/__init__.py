@@ -15,8 +15,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(f"the command line needs {error.name}: pip install lil-ops[cli]")
     # Generated text may hold what a terminal's encoding does not; that must not end a run.
     sys.stdout.reconfigure(errors="replace")
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        sys.exit(app(arguments, prog_name="lil-ops", standalone_mode=False))
+        sys.exit(app(arguments or ["--help"], prog_name="lil-ops", standalone_mode=False))
     except USER_ERRORS as error:
         _fail(getattr(error, "format_message", error.__str__)())
 

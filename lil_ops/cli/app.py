@@ -13,7 +13,8 @@ USER_ERRORS = (UserError, typer.BadParameter.__base__)
 
 app = typer.Typer(
     help="Sparse attention over a paged KV cache and an early stop, for cheap long decoding.",
-    no_args_is_help=True,
+    # Markdown: paragraphs of docstrings are filled to the width there is.
+    rich_markup_mode="markdown",
     add_completion=False,
     pretty_exceptions_enable=False,
 )

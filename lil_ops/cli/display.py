@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from lil_ops.cli.runs import Outcome
+    from lil_ops.cli.runs import Outcome, Run
     from lil_ops.cli.text import Detokenizer
     from lil_ops.result import StepEvent
 
@@ -44,9 +44,9 @@ class RunView:
         self._draw()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, error, *details) -> None:
         self._live.stop()
-        if self._detokenizer:
+        if self._detokenizer and not error:
             self._write(self._detokenizer.rest() + "\n")
 
     def step(self, event: StepEvent) -> None:
@@ -71,7 +71,8 @@ class RunView:
     def _write(self, piece: str) -> None:
         """Text for the console. On a terminal only whole lines leave the live region: it starts at a line's begin."""
         if not self._console.is_interactive:
-            self._console.out(piece, end="", highlight=False)
+            self._console.file.write(piece)
+            self._console.file.flush()
             return
         *lines, self._line = (self._line + CONTROL.sub("", piece)).split("\n")
         if lines:
@@ -83,17 +84,19 @@ class RunView:
     def _draw(self) -> None:
         self._drawn = time.monotonic()
         # Broken where the terminal breaks a long line, and no taller than the screen.
-        rows = chop_cells(self._line.expandtabs(), self._console.width)[-(self._console.height - 3) :]
+        rows = chop_cells(self._line.expandtabs(), self._console.width)[-max(self._console.height - 3, 1) :]
         status = Text(self._status, style="reverse", no_wrap=True, overflow="ellipsis")
         self._live.update(Group(*map(Text, rows), status), refresh=True)
 
 
 def results_table(outcomes: Sequence[Outcome]) -> Table:
-    """One row a run. The last column is there when the dense run, which it compares with, was finished."""
+    """One row a run; with a column that compares their JCT where the dense run, one of several, was finished."""
     dense = [outcome.result.jct for outcome in outcomes if outcome.run.name == "dense" and not outcome.interrupted]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", no_wrap=True)
-    for heading in ("tokens", "stop", "TTFT", "TBT", "JCT", *(["vs dense"] if dense else []), "KV peak", "LZ77"):
+    comparing = dense and len(outcomes) > 1
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    # The one column that a narrow terminal may wrap.
+    table.add_column("run")
+    for heading in ("tokens", "stop", "TTFT", "TBT", "JCT", *(["JCT/dense"] if comparing else []), "KV peak", "LZ77"):
         table.add_column(heading, justify="left" if heading == "stop" else "right", no_wrap=True)
     for outcome in outcomes:
         result = outcome.result
@@ -104,24 +107,39 @@ def results_table(outcomes: Sequence[Outcome]) -> Table:
             seconds(result.ttft),
             seconds(result.tbt),
             seconds(result.jct),
-            *([f"{result.jct / dense[0]:.2f}x"] if dense else []),
+            *([f"{result.jct / dense[0]:.2f}x"] if comparing else []),
             size(result.kv_bytes_peak),
             f"{result.ratio[0]:.2f}",
         )
     return table
 
 
+def legend(run: Run, options: dict, prompt_tokens: int) -> Text:
+    """What the rows have in common, the options of ``run``, and what the columns are."""
+    facts = [f"{prompt_tokens} prompt tokens", f"{options['dtype']} on {options['device']}"]
+    if run.policy_options:
+        values = (f"{name.replace('_', ' ')} {value}" for name, value in run.policy_options.items())
+        facts.append(f"{run.policy}: {', '.join(values)}")
+    if guardian := run.guardian:
+        facts.append(f"Guardian: at least {guardian.threshold:g} {guardian.unit} in {guardian.interval} tokens")
+    columns = "TTFT: time to first token. TBT: between tokens. JCT: in all. LZ77: phrases per token."
+    return Text("; ".join(facts) + "\n" + columns, style="dim")
+
+
 def seconds(value: float) -> str:
-    """A duration with three digits: 12.3 ms, 4.56 s, 78.9 s; "-" for one that was not measured."""
+    """A duration: 12.3 ms, 4.56 s; "-" for one that was not measured."""
     if not value:
         return "-"
-    scaled, unit = (value, "s") if value >= 1 else (value * 1e3, "ms")
-    return f"{scaled:.{max(0, 3 - len(str(int(scaled))))}f} {unit}"
+    return f"{_three_digits(value)} s" if value >= 1 else f"{_three_digits(value * 1e3)} ms"
 
 
 def size(count: int) -> str:
-    """Bytes in binary units: 512 B, 3.4 MiB."""
+    """Bytes in binary units: 512 B, 3.40 MiB."""
     value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]
-    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+    return f"{count} B" if units[0] == "B" else f"{_three_digits(value)} {units[0]}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f}"

@@ -22,8 +22,9 @@ def document(
     """What ``--json`` prints.
 
     Keys:
-        prompt: as given. prompt_ids: the ids the model was given, chat template included; empty where Ctrl-C came first.
-        model: path or id. options: the command's other options, under their names; null where not given.
+        prompt: as given. prompt_ids: what the model was given, chat template included; empty where Ctrl-C came first.
+        model: path or id. options: the command's other options, under their names; null where not given (dtype: as
+        loaded).
         versions: `lil_ops.build_info`. interrupted: whether Ctrl-C ended the command.
         runs: one object for each finished run, and for the one that was interrupted:
             name: as in the table. policy: name. policy_options: those given. guardian: null, or its interval,
@@ -39,7 +40,7 @@ def document(
         "prompt": prompt,
         "prompt_ids": prompt_ids,
         "model": options["model"],
-        "options": {name: value for name, value in options.items() if name not in ("prompt", "model")},
+        "options": {name: value for name, value in options.items() if name != "model"},
         "versions": build_info(),
         "interrupted": interrupted,
         "runs": [_run(outcome, tokenizer) for outcome in outcomes],

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lil_ops.cli.errors import user_errors
+from lil_ops.cli.errors import UserError, user_errors
 
 if TYPE_CHECKING:
     from lil_ops import DecodeLoop, Guardian
@@ -86,13 +86,18 @@ class Decoder:
     def _loop(self, run: Run, **overrides) -> DecodeLoop:
         from lil_ops import DecodeLoop
 
-        # RuntimeError: no memory for that many tokens.
-        with user_errors(ValueError, RuntimeError):
-            return DecodeLoop(
-                self._model,
-                [self._prompt_ids],
-                policy=run.policy,
-                guardian=run.guardian,
-                **run.policy_options,
-                **{**self._options, **overrides},
-            )
+        options = {**self._options, **overrides}
+        try:
+            with user_errors(ValueError):
+                return DecodeLoop(
+                    self._model,
+                    [self._prompt_ids],
+                    policy=run.policy,
+                    guardian=run.guardian,
+                    **run.policy_options,
+                    **options,
+                )
+        # torch's allocators raise nothing more specific.
+        except RuntimeError as error:
+            tokens = len(self._prompt_ids) + options["max_new_tokens"]
+            raise UserError(f"no memory for {tokens} tokens: {error}") from error

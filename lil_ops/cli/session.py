@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import logging
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
-from lil_ops.cli.errors import UserError, user_errors
-
-
-def check_device(name: str) -> None:
-    """Raise `UserError` unless models can run on the device of this name."""
-    import torch
-
-    from lil_ops import _library
-
-    with user_errors(RuntimeError):
-        device = torch.device(name)
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device: expected cpu or cuda, got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device: {name!r} was asked for, but torch finds no CUDA device")
-    if device.type == "cuda" and not _library.cuda_loaded:
-        raise UserError(f"device: {name!r} was asked for, but lil_ops was built without CUDA")
+from lil_ops.cli.errors import UserError
 
 
-def load(name: str, dtype: str | None, device: str):
-    """``(model, tokenizer)``. Raises `UserError` for whatever keeps it from loading."""
+def load(name: str, dtype: str | None, device: str, threads: int | None):
+    """``(model, tokenizer)``, and torch set to that many threads. `UserError` for whatever keeps it from loading."""
     import torch
 
     import lil_ops
+
+    if threads:
+        torch.set_num_threads(threads)
 
     # Exception: files of three formats are read by five libraries, and each raises its own kinds.
     try:
@@ -53,17 +40,11 @@ def encode(tokenizer, prompt: str, chat: bool | None) -> list[int]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """In this block, libraries keep warnings, notices and progress bars to themselves."""
-    from transformers.utils import logging as hf_logging
-
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
+    """In this block, libraries keep warnings, notices and progress bars to themselves; errors still come out."""
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        # Some progress bars have no switch but the stream they write to.
+        with redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.disable(logging.NOTSET)
-        if bars:
-            hf_logging.enable_progress_bar()

@@ -1,0 +1,67 @@
+"""The options of `lil-ops generate`, checked before the model is loaded. Each function raises `UserError`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING
+
+from lil_ops.cli.errors import UserError, user_errors
+
+if TYPE_CHECKING:
+    from lil_ops import Guardian
+
+
+def read_prompt(argument: str) -> str:
+    """The prompt itself, or standard input for "-"."""
+    try:
+        prompt = sys.stdin.read() if argument == "-" else argument
+        # Arguments, and some streams, carry bytes that are not UTF-8 as lone surrogates, which do not encode.
+        prompt.encode()
+    except UnicodeError as error:
+        raise UserError("the prompt is not UTF-8 text") from error
+    if not prompt.strip():
+        raise UserError("the prompt is empty")
+    return prompt
+
+
+def make_guardian(wanted: bool, options: dict) -> Guardian | None:
+    """The early stop with the options that were given: interval, threshold, unit."""
+    from lil_ops import Guardian
+
+    if not wanted and options:
+        raise UserError(f"--{next(iter(options))} needs --guardian")
+    if options.get("unit") == "bits" and "threshold" not in options:
+        raise UserError("--unit bits needs --threshold: the default is in phrases")
+    with user_errors(ValueError):
+        return Guardian(**options) if wanted else None
+
+
+def check_decoding(policy: str, policy_options: dict, page_size: int, temperature: float, top_k: int, top_p: float):
+    """Whatever of the policy and the sampling can be checked without a model."""
+    from lil_ops import policies
+    from lil_ops.cache import PagedKVCache
+    from lil_ops.sampling import check_sampling
+
+    with user_errors(ValueError):
+        check_sampling(temperature, top_k, top_p)
+        # A cache of no layers costs nothing, and knows which page sizes there are and which budgets fit them.
+        cache = PagedKVCache(num_layers=0, kv_heads=1, head_dim=1, batch=1, max_tokens=1, page_size=page_size)
+        policies.get(policy, **policy_options).begin(cache, [])
+
+
+def check_device(name: str) -> None:
+    """Whether models can run on the device of this name."""
+    import torch
+
+    from lil_ops import _library
+
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if not match:
+        raise UserError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
+    if name == "cpu":
+        return
+    if not _library.cuda_loaded:
+        raise UserError(f"device: got {name!r}, but lil_ops has no CUDA library loaded here (see lil-ops info)")
+    if int(match[1] or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: got {name!r}, but torch finds {torch.cuda.device_count()} CUDA devices")
