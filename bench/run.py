@@ -48,6 +48,7 @@ def run(arguments: list[str]) -> None:
         "command": "make bench",
         "cases": cases,
     }
+    RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -5,7 +5,6 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <sstream>
 #include <string>
 
 #include "lz77.h"
@@ -16,10 +15,7 @@ namespace lil {
 namespace {
 
 py::list words(const std::string& text) {
-  std::istringstream in(text);
-  py::list list;
-  for (std::string word; in >> word;) list.append(word);
-  return list;
+  return py::str(text).attr("split")();
 }
 
 py::dict build_facts() {

@@ -8,6 +8,7 @@
 #include "api/score_pages.h"
 #include "api/select_pages.h"
 #include "api/sparse_decode.h"
+#include "api/sparse_decode_step.h"
 #include "cpu/backend.h"
 
 STABLE_TORCH_LIBRARY(lil, m) {
@@ -27,6 +28,11 @@ STABLE_TORCH_LIBRARY(lil, m) {
   m.def(
       "sparse_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, Tensor? pages=None, "
       "Tensor? counts=None, *, float? scale=None, int window=0, float softcap=0.0) -> (Tensor out, Tensor lse)");
+  // One decode step of a layer: append one token a sequence, score, select and attend, in as few launches as may be.
+  m.def(
+      "sparse_decode_step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) summary, "
+      "Tensor page_table, Tensor seq_lens, int budget, *, int sink=0, int recent=1, Tensor? protected_lens=None, "
+      "float? scale=None, float softcap=0.0, str summary_mode=\"minmax\") -> (Tensor out, Tensor lse)");
   // Feeds new tokens to each sequence's LZ77 parse; returns its size in phrases and in bits.
   m.def(
       "lz77_append(Tensor(a!) state, Tensor tokens, Tensor? counts, int vocab_size) -> (Tensor phrases, Tensor bits)");
@@ -42,6 +48,7 @@ STABLE_TORCH_LIBRARY_IMPL(lil, CPU, m) {
   m.impl("score_pages", TORCH_BOX(&lil::score_pages<Backend>));
   m.impl("select_pages", TORCH_BOX(&lil::select_pages<Backend>));
   m.impl("sparse_decode", TORCH_BOX(&lil::sparse_decode<Backend>));
+  m.impl("sparse_decode_step", TORCH_BOX(&lil::sparse_decode_step<Backend>));
   m.impl("lz77_append", TORCH_BOX(&lil::lz77_append<Backend>));
   m.impl("guardian_check", TORCH_BOX(&lil::guardian_check<Backend>));
 }

@@ -13,7 +13,7 @@ struct PageTable {
   int64_t stride_b, stride_h;
   int64_t max_pages;
 
-  int32_t at(int64_t b, int64_t h, int64_t page) const { return data[b * stride_b + h * stride_h + page]; }
+  constexpr int32_t at(int64_t b, int64_t h, int64_t page) const { return data[b * stride_b + h * stride_h + page]; }
 };
 
 // One of the two cache buffers, [num_pages, kv_heads, page_size, head_dim], last dimension contiguous.
@@ -90,6 +90,15 @@ struct SparseDecodeParams {
   float softcap;   // 0: none
   void* out;       // [batch, kv_heads * group, head_dim], contiguous, q's dtype
   float* lse;      // [batch, kv_heads * group], contiguous
+};
+
+// One decode step of a layer. The parts have the same q, cache, table and lengths. score.scores and select.scores are
+// one scratch tensor.
+struct SparseDecodeStepParams {
+  AppendKvParams append;
+  ScorePagesParams score;
+  SelectPagesParams select;
+  SparseDecodeParams attend;
 };
 
 struct Lz77AppendParams {

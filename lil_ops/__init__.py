@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 import importlib
 
-from lil_ops._library import build_info
+from lil_ops._library import build_info, check_errors
 from lil_ops.guardian import Guardian, StopReason
 from lil_ops.ops import (
     append_kv,
@@ -18,6 +18,7 @@ from lil_ops.ops import (
     score_pages,
     select_pages,
     sparse_decode,
+    sparse_decode_step,
 )
 
 # Names whose modules need transformers: imported on first use.
@@ -35,6 +36,7 @@ __all__ = [
     "StopReason",
     "append_kv",
     "build_info",
+    "check_errors",
     "generate",
     "guardian_check",
     "load_model",
@@ -43,6 +45,7 @@ __all__ = [
     "score_pages",
     "select_pages",
     "sparse_decode",
+    "sparse_decode_step",
 ]
 
 

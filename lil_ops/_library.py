@@ -28,16 +28,38 @@ def cpu_isa() -> str:
     """The instruction set that the CPU kernels use in this process: avx512, avx2 or generic.
 
     The environment variable LIL_CPU_ISA, read at the first call of a kernel, asks for a lesser one than the best.
+    Raises RuntimeError, as the operators do, where it has another value.
     """
-    name = ctypes.CDLL(str(PACKAGE / "liblil_cpu.so")).lil_cpu_isa
+    name, error = ctypes.CDLL(str(PACKAGE / "liblil_cpu.so")).lil_cpu_isa, ctypes.c_char_p()
     name.restype = ctypes.c_char_p
-    return name().decode()
+    isa = name(ctypes.byref(error))
+    if isa is None:
+        raise RuntimeError(error.value.decode())
+    return isa.decode()
+
+
+def check_errors(device: torch.device | str | None = None) -> None:
+    """Wait for a CUDA device (None: every device), then raise what its kernels found out of range since the last check.
+
+    Kernels skip what is out of range (a length, a page id, a count) and note the first such value in a word on the
+    device, which this reads and clears. Raises RuntimeError with the operator's own message. Without CUDA kernels it
+    does nothing: on the CPU the operators raise such errors themselves.
+    """
+    if not cuda_loaded or not torch.cuda.is_available():
+        return
+    take = ctypes.CDLL(str(_cuda_library)).lil_cuda_take_error
+    take.restype = ctypes.c_char_p
+    for index in range(torch.cuda.device_count()) if device is None else [torch.device(device).index]:
+        index = torch.cuda.current_device() if index is None else index
+        torch.cuda.synchronize(index)
+        if message := take(index):
+            raise RuntimeError(message.decode())
 
 
 def build_info() -> dict:
     """Versions, architectures, instruction sets and devices of this installation, as plain values.
 
-    ``cuda_library``: "loaded", "built, not loaded (this torch has no CUDA)" or "not built (no nvcc)".
+    ``cuda_library``: "loaded", "built, not loaded (this torch has no CUDA)" or "not built (no nvcc, or turned off)".
     """
     from lil_ops import _C, __version__
 

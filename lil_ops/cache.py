@@ -98,11 +98,16 @@ class PagedKVCache:
     def begin_step(self, rows: Sequence[int], new_tokens: Sequence[int], *, prompt: bool = False) -> Step:
         """Prepare one forward pass in which row ``rows[i]`` adds ``new_tokens[i]`` tokens; maps the pages it needs.
 
-        Raises `OutOfPagesError` naming the shortfall, or ValueError for a row beyond its capacity; the cache is then
-        unchanged. With ``prompt=True`` the new tokens belong to the rows' prompts (which policies may protect).
+        Raises `OutOfPagesError` naming the shortfall, or ValueError for a row beyond its capacity, a row given twice or
+        a negative number of tokens; the cache is then unchanged. With ``prompt=True`` the new tokens belong to the
+        rows' prompts (which policies may protect).
         """
+        if len(set(rows)) < len(rows):
+            raise ValueError(f"PagedKVCache: rows: expected each row once, got {list(rows)}")
         needed = []
         for row, count in zip(rows, new_tokens, strict=True):
+            if count < 0:
+                raise ValueError(f"PagedKVCache: row {row}: expected at least 0 new tokens, got {count}")
             length = self.lengths[row] + count
             if length > self.max_tokens:
                 raise ValueError(f"PagedKVCache: row {row}: expected at most {self.max_tokens} tokens, got {length}")

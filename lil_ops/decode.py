@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lil_ops import _C
-from lil_ops.guardian import Guardian, Lz77Tracker, StopReason
+from lil_ops.guardian import Lz77Tracker, StopReason, StopRule
 from lil_ops.integrations.attach import attach
 from lil_ops.integrations.transformers import NAME, LilCache, cache_argument
 from lil_ops.policies import Policy
@@ -40,7 +40,7 @@ class DecodeLoop:
         input_ids: TokenIds,
         *,
         policy: str | Policy = "full",
-        guardian: Guardian | None = None,
+        guardian: StopRule | None = None,
         max_new_tokens: int = 256,
         eos_token_id: int | Sequence[int] | None = None,
         temperature: float = 0.0,
@@ -184,7 +184,7 @@ def generate(
     input_ids: TokenIds,
     *,
     policy: str | Policy = "full",
-    guardian: Guardian | None = None,
+    guardian: StopRule | None = None,
     max_new_tokens: int = 256,
     eos_token_id: int | Sequence[int] | None = None,
     temperature: float = 0.0,

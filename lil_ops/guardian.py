@@ -39,8 +39,9 @@ class StopState(Protocol):
     def check(self, phrases: torch.Tensor, bits: torch.Tensor, num_tokens: torch.Tensor, stop: torch.Tensor) -> None:
         """Look at the batch after a step, and write the stop code of each running sequence that is to end.
 
-        All ``[batch]`` int32: ``phrases``, ``bits`` the sizes and ``num_tokens`` the count of the tokens generated;
-        ``stop`` the `StopReason` codes, in which a sequence that has stopped keeps its reason.
+        All ``[batch]`` int32: ``phrases``, ``bits`` the sizes and ``num_tokens`` the count of the tokens generated,
+        which means nothing for a sequence that has stopped; ``stop`` the `StopReason` codes, in which such a sequence
+        keeps its reason.
         """
 
 

@@ -9,8 +9,9 @@ Errors: a wrong shape, dtype, device, stride or option raises RuntimeError ``lil
 ...`` and nothing is written. On the CPU so do lengths, page ids and token ids out of range.
 
 A page table is ``[batch, max_pages]``, or ``[batch, kv_heads, max_pages]`` where heads have tables of their own:
-logical page of the sequence -> physical page of the cache. ``seq_lens`` always counts the tokens of the step at hand,
-appended or about to be.
+logical page of the sequence -> physical page of the cache, or -1: not mapped. Such a page scores -inf, and attention
+skips it; appending to it is an error. ``seq_lens`` always counts the tokens of the step at hand, appended or about to
+be, and those of pages that are not mapped.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def append_kv(
     Equivalent PyTorch, for sequence b with n new tokens::
 
         for j in range(n):
-            page, slot = divmod(seq_lens[b] - n + j, page_size)
+            page, slot = divmod(int(seq_lens[b]) - n + j, page_size)
             k_cache[page_table[b, page], :, slot] = k[cu_seqlens[b] + j]     # v likewise
         summary[page_table[b, page]] = stack([keys.amin(1), keys.amax(1)], 1)  # keys: the page's valid tokens
     """
@@ -69,15 +70,14 @@ def score_pages(
     """Score every page of every sequence for every KV head: how much attention it may receive.
 
     Args:
-        q: ``[batch, q_heads, head_dim]``. summary: as in `append_kv`. page_table, seq_lens: see the module; a page
-            whose entry is -1 is not mapped and scores -inf.
+        q: ``[batch, q_heads, head_dim]``. summary: as in `append_kv`. page_table, seq_lens: see the module.
         scale: positive factor on the logits; default ``head_dim ** -0.5``, so that scores are in the units of
             `sparse_decode`'s lse.
         summary_mode: ``"minmax"`` is Quest's upper bound (Tang et al., arXiv 2406.10774): no key of the page has a
             larger ``scale * q . k`` for any query head of the group.
 
     Returns:
-        ``[batch, kv_heads, max_pages]`` float32; pages past the end of a sequence are -inf.
+        ``[batch, kv_heads, max_pages]`` float32; pages past the end of a sequence, or not mapped, are -inf.
 
     Equivalent PyTorch, for KV head h and page p of sequence b::
 
@@ -112,7 +112,11 @@ def select_pages(
         pages ``[batch, kv_heads, min(budget // page_size, max_pages)]`` int32, ascending, -1 padded; counts
         ``[batch, kv_heads]`` int32.
 
-    Equivalent PyTorch, for one head: ``scores[forced] = inf; scores[:pages].topk(budget // page_size).indices.sort()``.
+    Equivalent PyTorch, for one head of more ``pages`` than the budget, whose scores are all different and none NaN
+    (which topk would rank above the forced pages)::
+
+        scores[forced] = inf
+        scores[:pages].topk(budget // page_size).indices.sort().values
     """
     return _lil.select_pages(
         scores, seq_lens, page_size, budget, sink=sink, recent=recent, protected_lens=protected_lens
@@ -137,15 +141,16 @@ def sparse_decode(
     Args:
         q: ``[batch, q_heads, head_dim]``. k_cache, v_cache: as in `append_kv`. page_table, seq_lens: see the module.
         pages: ``[batch, kv_heads, capacity]`` logical pages each KV head reads, -1 skipped; None: every page. A page
-            listed twice is read twice. counts: ``[batch, kv_heads]`` entries of each list that count; None: all.
+            listed twice is read twice, one that is not mapped not at all. counts: ``[batch, kv_heads]`` entries of each list that count; None: all.
         scale: factor on the logits; default ``head_dim ** -0.5``.
         window: only the last ``window`` tokens of a sequence may be read (sliding-window layers); 0: no limit.
         softcap: logits become ``softcap * tanh(logit / softcap)`` (Gemma 2); 0: they stay.
 
     Returns:
         out ``[batch, q_heads, head_dim]`` in q's dtype; lse ``[batch, q_heads]`` float32, natural log of the sum of
-        exponentials of the logits read. A sequence that reads nothing has out 0 and lse -inf. The result does not
-        depend on the number of threads, and a list of all pages gives the bits that None gives.
+        exponentials of the logits read. A query head that reads nothing, or logits of -inf only, has out 0 and lse
+        -inf. The result does not depend on the number of threads, and a list of all pages gives the bits that None
+        gives.
 
     Equivalent PyTorch, for query head i of KV head h::
 
@@ -155,6 +160,63 @@ def sparse_decode(
     """
     return _lil.sparse_decode(
         q, k_cache, v_cache, page_table, seq_lens, pages, counts, scale=scale, window=window, softcap=softcap
+    )
+
+
+def sparse_decode_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    summary: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    budget: int,
+    *,
+    sink: int = 0,
+    recent: int = 1,
+    protected_lens: torch.Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    summary_mode: str = "minmax",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One decode step of a layer, the fast path: append one token a sequence, score, select and attend.
+
+    The arguments are those of `append_kv`, `score_pages`, `select_pages` and `sparse_decode`, and so is the result, bit
+    for bit. On CUDA it takes two launches: append and score, then select and attend.
+
+    Args:
+        q: ``[batch, q_heads, head_dim]``. k, v: ``[batch, kv_heads, head_dim]`` of the new token, in the cache's dtype.
+        k_cache, v_cache, summary: as in `append_kv`; written. seq_lens: ``[batch]``, at least 1: the new token is
+            counted. budget, sink, recent, protected_lens: as in `select_pages`.
+
+    Returns:
+        out ``[batch, q_heads, head_dim]`` in q's dtype; lse ``[batch, q_heads]`` float32, as `sparse_decode`.
+
+    Equivalent PyTorch::
+
+        append_kv(k_cache, v_cache, summary, k, v, page_table, seq_lens)
+        scores = score_pages(q, summary, page_table, seq_lens, page_size, scale=scale)
+        pages, counts = select_pages(scores, seq_lens, page_size, budget, sink=sink, recent=recent)
+        return sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, counts, scale=scale)
+    """
+    return _lil.sparse_decode_step(
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        summary,
+        page_table,
+        seq_lens,
+        budget,
+        sink=sink,
+        recent=recent,
+        protected_lens=protected_lens,
+        scale=scale,
+        softcap=softcap,
+        summary_mode=summary_mode,
     )
 
 
@@ -256,6 +318,11 @@ def _(scores, seq_lens, page_size, budget, *, sink=0, recent=1, protected_lens=N
 
 @torch.library.register_fake("lil::sparse_decode")
 def _(q, k_cache, v_cache, page_table, seq_lens, pages=None, counts=None, *, scale=None, window=0, softcap=0.0):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("lil::sparse_decode_step")
+def _(q, *args, **options):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 

@@ -14,8 +14,9 @@ class StepEvent:
     """One step of the loop. Dictionaries have the rows (places in the batch) that were running when it began.
 
     step: 0 for the prefill. tokens: the id each row produced. stop: the rows that this step ended, and why. seconds:
-    the step's duration (TTFT for step 0, then TBT). phrases: LZ77 size of the row's output. gain: phrases that its
-    last full Guardian interval added (empty without a Guardian). kv_bytes: cache bytes in use after the step.
+    the step's duration (TTFT for step 0, then TBT). phrases: LZ77 size of the row's output. gain: what its last full
+    Guardian interval added, in the Guardian's unit (empty without a Guardian). kv_bytes: cache bytes in use after the
+    step.
     """
 
     step: int

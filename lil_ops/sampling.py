@@ -9,8 +9,12 @@ import torch
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """Raise ValueError, naming the option, unless `sample` takes these options."""
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature: expected a finite number of at least 0 (0: greedy), got {temperature}")
+    # Logits are divided by it in float32, where a smaller number may count as 0.
+    least = torch.finfo(torch.float32).tiny
+    if temperature != 0 and not (temperature >= least and math.isfinite(temperature)):
+        raise ValueError(
+            f"temperature: expected 0 (greedy) or a finite number of at least {least:.8g}, got {temperature}"
+        )
     if top_k < 0:
         raise ValueError(f"top_k: expected at least 0 (0: all tokens), got {top_k}")
     if not 0 < top_p <= 1:
@@ -27,8 +31,9 @@ def sample(
 
     Args:
         logits: ``[batch, vocab]``, floating. uniforms: ``[batch]``, floating, in [0, 1); not read when greedy.
-        temperature: divides the logits; 0 takes the largest logit. top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: of those keep the fewest most likely ones whose probability reaches ``top_p``.
+        temperature: divides the logits, at least the smallest normal float32; 0 takes the largest logit.
+        top_k: keep the k most likely tokens; 0 keeps all. top_p: of those keep the fewest most likely ones whose
+            probability reaches ``top_p``.
 
     Returns:
         ``[batch]`` int64.
@@ -45,7 +50,9 @@ def sample(
     if uniforms.shape != logits.shape[:1] or not uniforms.is_floating_point():
         raise ValueError(f"uniforms: expected floating [batch], got {uniforms.dtype} of shape {list(uniforms.shape)}")
 
-    logits, tokens = logits.float() / temperature, None
+    # Relative to the largest, so that a low temperature does not take it to infinity.
+    logits, tokens = logits.float(), None
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if 0 < top_k < logits.shape[1]:
         logits, tokens = logits.topk(top_k)
     elif top_p < 1:

@@ -30,6 +30,13 @@ def test_frequencies_are_the_softmax(temperature):
     torch.testing.assert_close(frequencies(logits, temperature=temperature), expected, atol=5e-3, rtol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.9}])
+def test_the_lowest_temperature_takes_the_largest_logit(options):
+    logits = torch.randn(99, 20, generator=torch.Generator().manual_seed(4)) * 50
+    tokens = sample(logits, uniforms(99), torch.finfo(torch.float32).tiny, **options)
+    assert torch.equal(tokens, logits.argmax(-1))
+
+
 def test_top_k_keeps_the_k_largest():
     logits = torch.tensor([2.0, -1.0, 0.5, 1.0, 0.0])
     expected = logits.masked_fill(logits < 1.0, -torch.inf).softmax(-1)
@@ -82,6 +89,7 @@ def test_rows_of_a_large_vocabulary_and_none():
         ({"temperature": -0.1}, "temperature: expected"),
         ({"temperature": float("nan")}, "temperature: expected"),
         ({"temperature": float("inf")}, "temperature: expected"),
+        ({"temperature": 1e-38}, r"temperature: expected 0 \(greedy\) or .* at least 1.1754944e-38, got 1e-38"),
         ({"top_k": -1}, "top_k: expected"),
         ({"top_p": 0.0}, "top_p: expected"),
         ({"top_p": 1.1}, "top_p: expected"),

@@ -101,3 +101,4 @@ def test_bad_input(device, message):
     BAD[message](args)
     with pytest.raises(RuntimeError, match=f"lil::score_pages: {message}"):
         lil_ops.score_pages(**args)
+        lil_ops.check_errors()

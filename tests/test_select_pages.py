@@ -56,6 +56,11 @@ def test_budget_over_the_sequence_selects_every_page(device):
     assert pages[0, 0].tolist() == list(range(10))
 
 
+def test_the_largest_options(device):
+    most = 2**31 - 1
+    check(torch.randn(1, 2, 10, device=device), [150], 16, 2**63 - 1, sink=most, recent=most)
+
+
 def test_empty_cases(device):
     check(torch.empty(0, 2, 4, device=device), [], 16, 64)
     pages, counts = check(torch.randn(1, 1, 4, device=device), [0], 16, 64)
@@ -77,7 +82,9 @@ BAD = {
     "budget: expected at least 16 tokens": lambda a: a.update(budget=0),
     "budget: expected": lambda a: a.update(budget=-64),
     "sink: expected": lambda a: a.update(sink=-1),
+    "sink: expected .* 2147483647, got 9": lambda a: a.update(sink=2**63 - 1),
     "recent: expected at least 1": lambda a: a.update(recent=0),
+    "recent: expected .* 2147483647, got 9": lambda a: a.update(recent=2**63 - 1),
     "protected_lens: expected shape": lambda a: a.update(protected_lens=a["seq_lens"][:1]),
 }
 
@@ -93,3 +100,4 @@ def test_bad_input(device, message):
     BAD[message](args)
     with pytest.raises(RuntimeError, match=f"lil::select_pages: {message}"):
         lil_ops.select_pages(**args)
+        lil_ops.check_errors()

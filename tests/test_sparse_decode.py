@@ -115,6 +115,46 @@ def test_nan_and_inf_stay_in_their_sequence(device):
     assert torch.equal(out[2], clean[2]) and torch.equal(out[:2, 2:], clean[:2, 2:])
 
 
+def test_logits_of_minus_infinity_weigh_nothing(device):
+    """Those of more than a chunk, and all that a head reads: then it is as if it read nothing."""
+    cache = paged(device, [1000, 1000, 40])
+    q = queries(device, 3, 4, 64).abs()
+    cache.k[cache.page_table[0, :40], :, :, 0] = -torch.inf
+    nothing = cache.page_table[1, :63]
+    cache.k[nothing, 0, :, 0] = -torch.inf
+    cache.v[nothing[3], 0] = torch.nan
+    out, lse = check(cache, q)
+    assert (out[1, :2] == 0).all() and lse[1, :2].isneginf().all() and lse[1, 2:].isfinite().all()
+    # NaN among them shows.
+    cache.k[nothing[3], 0, 5, 0] = torch.nan
+    out, lse = lil_ops.sparse_decode(*tensors(cache, q))
+    assert out[1, :2].isnan().all() and lse[1, :2].isnan().all() and out[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_unmapped_pages_are_skipped(device, per_head):
+    cache = paged(device, [1000, 300, 70], kv_heads=3, dtype=torch.bfloat16, per_head=per_head)
+    holes = torch.rand(cache.page_table.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    holes[2] = True
+    cache.page_table[holes.to(device)] = -1
+    q = queries(device, 3, 6, 64, torch.bfloat16)
+    dense = check(cache, q)
+    assert (dense[0][2] == 0).all() and dense[1][2].isneginf().all()
+    scores = torch.randn(3, 3, cache.page_table.size(-1), device=device)
+    sparse = check(cache, q, *lil_ops.select_pages(scores, cache.seq_lens, 16, 4096))
+    assert all(torch.equal(a, b) for a, b in zip(sparse, dense, strict=True))
+    check(cache, q, *lil_ops.select_pages(scores, cache.seq_lens, 16, 256))
+
+
+def test_pages_outside_the_window_may_be_unmapped(device):
+    cache = paged(device, [1000, 15])
+    q = queries(device, 2, 4, 64)
+    mapped = lil_ops.sparse_decode(*tensors(cache, q), window=100)
+    cache.page_table[0, : 900 // 16] = -1
+    unmapped = lil_ops.sparse_decode(*tensors(cache, q), window=100)
+    assert all(torch.equal(a, b) for a, b in zip(mapped, unmapped, strict=True))
+
+
 def test_empty_cases(device):
     cache = paged(device, [])
     out, lse = lil_ops.sparse_decode(*tensors(cache, queries(device, 0, 4, 64)))
@@ -149,11 +189,12 @@ BAD = {
     "k_cache: expected a page size": lambda a: a.update(k_cache=a["k_cache"][:, :, :9], v_cache=a["v_cache"][:, :, :9]),
     "v_cache: expected shape": lambda a: a.update(v_cache=a["v_cache"][:2]),
     "page_table: expected shape": lambda a: a.update(page_table=a["page_table"][:1]),
-    "page_table: expected a page from 0": lambda a: a.update(page_table=a["page_table"] - 100),
+    "page_table: expected a page from 0": lambda a: a.update(page_table=a["page_table"] * 0 - 2),
+    "page_table: expected a page from 0 to": lambda a: a.update(page_table=a["page_table"] * 0 + 1000),
     "seq_lens: expected 0 to": lambda a: a.update(seq_lens=a["seq_lens"] + 1000),
     "pages: expected Int, got Long": lambda a: a.update(pages=a["pages"].long()),
     "pages: expected shape": lambda a: a.update(pages=a["pages"][:, :1]),
-    "pages: expected -1 or a page from 0 to 2": lambda a: a.update(pages=a["pages"] + 3),
+    "pages: expected -1 or a page from 0 to 2": lambda a: a["pages"][0].fill_(3),
     "pages: expected -1 or a page": lambda a: a.update(pages=a["pages"] - 2),
     "counts: expected 0 to 1": lambda a: a.update(counts=a["counts"] + 1),
     "counts: expected None": lambda a: a.update(pages=None),
@@ -171,6 +212,7 @@ def test_bad_input(device, message):
     BAD[message](args)
     with pytest.raises(RuntimeError, match=f"lil::sparse_decode: {message}"):
         lil_ops.sparse_decode(**args)
+        lil_ops.check_errors()
 
 
 def test_wrong_device(device):

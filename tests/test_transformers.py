@@ -117,6 +117,26 @@ def test_chunked_prefill(model, padded):
     assert cache.kv.lengths == [len(row[row > 0]) + NEW - 1 for row in ids * mask]
 
 
+@pytest.mark.parametrize("policy", ["sink", "quest"])
+def test_a_protected_prompt_in_chunks_must_fit_whole(policy):
+    model, ids = build("llama"), torch.stack(prompts(40))
+    model.set_attn_implementation("lil")
+    caches = [LilCache(model, policy, budget=budget, protect_prompt=True, max_tokens=60) for budget in (64, 63)]
+    hf_generate(model, ids, 9, cache=caches[0], prefill_chunk_size=10)
+    with pytest.raises(ValueError, match="expected at least 64 tokens to protect a prompt of 40.* got 63"):
+        hf_generate(model, ids, 9, cache=caches[1], prefill_chunk_size=10)
+
+
+def test_reset_serves_all_rows_again():
+    model, ids = build("llama"), torch.stack(prompts(12, 12))
+    model.set_attn_implementation("lil")
+    cache = LilCache(model, batch=2, max_tokens=30)
+    cache.rows = [1]
+    hf_generate(model, ids[:1], 3, cache=cache)
+    cache.reset()
+    assert cache.rows == [0, 1] and len(hf_generate(model, ids, 3, cache=cache)) == 2
+
+
 def test_a_second_turn_continues_the_cache(model):
     first, second = torch.stack(prompts(20, 20)), torch.stack(prompts(11, 11, seed=2))
     model.set_attn_implementation("lil")

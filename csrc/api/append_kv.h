@@ -8,16 +8,18 @@ inline void check_summary_mode(const std::string& mode, const char* op) {
   LIL_CHECK(mode == "minmax", op, "summary_mode", "'minmax'", "'" + mode + "'");
 }
 
+// The arguments, checked, in the name of operator `op`.
 template <class Backend>
-void append_kv(Tensor k_cache, Tensor v_cache, std::optional<Tensor> summary, const Tensor& k, const Tensor& v,
-               const Tensor& page_table, const Tensor& seq_lens, const std::optional<Tensor>& cu_seqlens,
-               const std::string& mode) {
-  const char* op = "append_kv";
-  const KvCache cache = make_kv_cache(k_cache, v_cache, op);
+AppendKvParams append_kv_params(const char* op, Tensor& k_cache, Tensor& v_cache, std::optional<Tensor>& summary,
+                                const Tensor& k, const Tensor& v, const Tensor& page_table, const Tensor& seq_lens,
+                                const std::optional<Tensor>& cu_seqlens, const std::string& mode) {
+  KvCache cache = make_kv_cache(k_cache, v_cache, op);
   check_summary_mode(mode, op);
-  const Summary pages = summary ? make_summary(*summary, k_cache, op, cache.num_pages, cache.kv_heads, cache.head_dim,
-                                               k_cache.scalar_type())
-                                : Summary{};
+  Summary pages{};
+  if (summary) {
+    pages = make_summary(*summary, k_cache, op, cache.num_pages, cache.kv_heads, cache.head_dim, k_cache.scalar_type());
+    check_aligned(*summary, op, "summary", Backend::kAlignment);
+  }
   const char* meaning = "[tokens, kv_heads, head_dim]";
   check_shape(seq_lens, op, "seq_lens", "[batch]", {-1});
   const int64_t batch = seq_lens.size(0);
@@ -29,21 +31,37 @@ void append_kv(Tensor k_cache, Tensor v_cache, std::optional<Tensor> summary, co
     check_device(*t, k_cache, op, arg);
     check_dtype(*t, op, arg, k_cache.scalar_type());
     check_last_contiguous(*t, op, arg);
+    check_aligned(*t, op, arg, Backend::kAlignment);
   }
-  const AppendKvParams params{cache,
-                              pages,
-                              k.const_data_ptr(),
-                              v.const_data_ptr(),
-                              k.stride(0),
-                              k.stride(1),
-                              v.stride(0),
-                              v.stride(1),
-                              make_page_table(page_table, k_cache, op, batch, cache.kv_heads),
-                              int32_data(seq_lens),
-                              cu_seqlens ? int32_data(*cu_seqlens) : nullptr,
-                              batch,
-                              k.size(0)};
-  if (batch > 0) Backend::append_kv(params, k_cache);
+  check_aligned(k_cache, op, "k_cache", Backend::kAlignment);
+  check_aligned(v_cache, op, "v_cache", Backend::kAlignment);
+  const PageTable table = make_page_table(page_table, k_cache, op, batch, cache.kv_heads);
+  // What is written is asked for as such: a copy-on-write tensor gets its copy here.
+  cache.k.data = k_cache.mutable_data_ptr();
+  cache.v.data = v_cache.mutable_data_ptr();
+  if (summary) pages.data = summary->mutable_data_ptr();
+  return {cache,
+          pages,
+          k.const_data_ptr(),
+          v.const_data_ptr(),
+          k.stride(0),
+          k.stride(1),
+          v.stride(0),
+          v.stride(1),
+          table,
+          int32_data(seq_lens),
+          cu_seqlens ? int32_data(*cu_seqlens) : nullptr,
+          batch,
+          k.size(0)};
+}
+
+template <class Backend>
+void append_kv(Tensor k_cache, Tensor v_cache, std::optional<Tensor> summary, const Tensor& k, const Tensor& v,
+               const Tensor& page_table, const Tensor& seq_lens, const std::optional<Tensor>& cu_seqlens,
+               const std::string& mode) {
+  const AppendKvParams params =
+      append_kv_params<Backend>("append_kv", k_cache, v_cache, summary, k, v, page_table, seq_lens, cu_seqlens, mode);
+  if (params.batch > 0) Backend::append_kv(params, k_cache);
 }
 
 }  // namespace lil

@@ -7,9 +7,9 @@
 
 #include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "params.h"
 
@@ -22,11 +22,20 @@ using torch::stable::Tensor;
   throw std::runtime_error(std::string("lil::") + op + ": " + arg + ": expected " + expected + ", got " + got);
 }
 
+// No iostreams: where the compiler links them statically, this library's copy and the process's own clash.
+inline void append_text(std::string& out, const std::string& part) { out += part; }
+inline void append_text(std::string& out, const char* part) { out += part; }
+template <class Number>
+  requires std::is_arithmetic_v<Number>
+void append_text(std::string& out, Number part) {
+  out += std::to_string(part);
+}
+
 template <class... Parts>
 std::string text(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
+  std::string out;
+  (append_text(out, parts), ...);
+  return out;
 }
 
 // The message is built only when the check fails: the hot path pays for a comparison.
@@ -37,11 +46,9 @@ std::string text(const Parts&... parts) {
   } while (false)
 
 inline std::string shape_text(const Tensor& t) {
-  std::ostringstream out;
-  out << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << "]";
-  return out.str();
+  std::string out = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) out += text(i ? ", " : "", t.size(i));
+  return out + "]";
 }
 
 inline std::string device_text(const Tensor& t) {
@@ -62,13 +69,9 @@ inline void check_shape(const Tensor& t, const char* op, const char* arg, const 
   }
   if (ok) [[likely]]
     return;
-  std::ostringstream want;
-  i = 0;
-  for (int64_t size : sizes) {
-    want << (i++ ? ", " : "");
-    size < 0 ? want << "*" : want << size;
-  }
-  fail(op, arg, text("shape ", meaning, " = [", want.str(), "]"), shape_text(t));
+  std::string want;
+  for (int64_t size : sizes) want += text(want.empty() ? "" : ", ", size < 0 ? "*" : text(size));
+  fail(op, arg, text("shape ", meaning, " = [", want, "]"), shape_text(t));
 }
 
 inline void check_dtype(const Tensor& t, const char* op, const char* arg, ScalarType dtype) {
@@ -117,6 +120,15 @@ inline void check_page_size(int64_t page_size, const char* op, const char* arg) 
 inline void check_head_dim(int64_t head_dim, const char* op, const char* arg) {
   LIL_CHECK(head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128 || head_dim == 192 || head_dim == 256,
             op, arg, "a head_dim of 64, 80, 96, 128, 192 or 256", text(head_dim));
+}
+
+// Every row of t, along its last dimension, begins at a multiple of `alignment` bytes. Backend::kAlignment says what the
+// backend's vectors need.
+inline void check_aligned(const Tensor& t, const char* op, const char* arg, int64_t alignment) {
+  const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : 2;
+  bool ok = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % alignment == 0;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) ok = ok && (t.size(i) < 2 || t.stride(i) * size % alignment == 0);
+  LIL_CHECK(ok, op, arg, text("rows that begin at multiples of ", alignment, " bytes"), "others");
 }
 
 inline const int32_t* int32_data(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }

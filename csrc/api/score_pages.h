@@ -9,20 +9,23 @@
 
 namespace lil {
 
+// The arguments, checked, in the name of operator `op`; `scores` is the caller's to set.
 template <class Backend>
-Tensor score_pages(const Tensor& q, const Tensor& summary, const Tensor& page_table, const Tensor& seq_lens,
-                   int64_t page_size, std::optional<double> scale, const std::string& mode) {
-  const char* op = "score_pages";
+ScorePagesParams score_pages_params(const char* op, const Tensor& q, const Tensor& summary, const Tensor& page_table,
+                                    const Tensor& seq_lens, int64_t page_size, std::optional<double> scale,
+                                    const std::string& mode) {
   check_shape(q, op, "q", "[batch, q_heads, head_dim]", {-1, -1, -1});
   const int64_t batch = q.size(0), q_heads = q.size(1), head_dim = q.size(2);
   const DType q_dtype = check_float_dtype(q, op, "q");
   check_head_dim(head_dim, op, "q");
   check_last_contiguous(q, op, "q");
+  check_aligned(q, op, "q", Backend::kAlignment);
   check_shape(summary, op, "summary", "[num_pages, kv_heads, 2, head_dim]", {-1, -1, 2, head_dim});
   const int64_t num_pages = summary.size(0), kv_heads = summary.size(1);
   const DType summary_dtype = check_float_dtype(summary, op, "summary");
   LIL_CHECK(kv_heads > 0 && q_heads % kv_heads == 0, op, "q", text("q_heads a multiple of kv_heads = ", kv_heads),
             text(q_heads));
+  check_aligned(summary, op, "summary", Backend::kAlignment);
   check_page_size(page_size, op, "page_size");
   check_summary_mode(mode, op);
   check_dense(seq_lens, q, op, "seq_lens", "[batch]", {batch});
@@ -44,9 +47,17 @@ Tensor score_pages(const Tensor& q, const Tensor& summary, const Tensor& page_ta
   params.head_dim = head_dim;
   params.page_size = page_size;
   params.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim))));
-  Tensor scores = torch::stable::new_empty(q, {batch, kv_heads, params.pages.max_pages}, ScalarType::Float);
+  return params;
+}
+
+template <class Backend>
+Tensor score_pages(const Tensor& q, const Tensor& summary, const Tensor& page_table, const Tensor& seq_lens,
+                   int64_t page_size, std::optional<double> scale, const std::string& mode) {
+  ScorePagesParams params =
+      score_pages_params<Backend>("score_pages", q, summary, page_table, seq_lens, page_size, scale, mode);
+  Tensor scores = torch::stable::new_empty(q, {params.batch, params.kv_heads, params.pages.max_pages}, ScalarType::Float);
   params.scores = static_cast<float*>(scores.mutable_data_ptr());
-  if (batch > 0) Backend::score_pages(params, q);
+  if (params.batch > 0) Backend::score_pages(params, q);
   return scores;
 }
 

@@ -9,18 +9,21 @@
 
 namespace lil {
 
+// The arguments, checked, in the name of operator `op`; `out` and `lse` are the caller's to set.
 template <class Backend>
-std::tuple<Tensor, Tensor> sparse_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                         const Tensor& page_table, const Tensor& seq_lens,
-                                         const std::optional<Tensor>& pages, const std::optional<Tensor>& counts,
-                                         std::optional<double> scale, int64_t window, double softcap) {
-  const char* op = "sparse_decode";
+SparseDecodeParams sparse_decode_params(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                        const Tensor& page_table, const Tensor& seq_lens,
+                                        const std::optional<Tensor>& pages, const std::optional<Tensor>& counts,
+                                        std::optional<double> scale, int64_t window, double softcap) {
   const KvCache cache = make_kv_cache(k_cache, v_cache, op);
   check_shape(q, op, "q", "[batch, q_heads, head_dim]", {-1, -1, cache.head_dim});
   const int64_t batch = q.size(0), q_heads = q.size(1);
   const DType q_dtype = check_float_dtype(q, op, "q");
   check_device(q, k_cache, op, "q");
   check_last_contiguous(q, op, "q");
+  check_aligned(q, op, "q", Backend::kAlignment);
+  check_aligned(k_cache, op, "k_cache", Backend::kAlignment);
+  check_aligned(v_cache, op, "v_cache", Backend::kAlignment);
   LIL_CHECK(cache.kv_heads > 0 && q_heads % cache.kv_heads == 0, op, "q",
             text("q_heads a multiple of kv_heads = ", cache.kv_heads), text(q_heads));
   check_dense(seq_lens, q, op, "seq_lens", "[batch]", {batch});
@@ -58,12 +61,28 @@ std::tuple<Tensor, Tensor> sparse_decode(const Tensor& q, const Tensor& k_cache,
   params.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(cache.head_dim))));
   params.window = window;
   params.softcap = static_cast<float>(softcap);
-  Tensor out = torch::stable::new_empty(q, {batch, q_heads, cache.head_dim});
-  Tensor lse = torch::stable::new_empty(q, {batch, q_heads}, ScalarType::Float);
+  return params;
+}
+
+// Allocates what sparse_decode writes.
+inline std::tuple<Tensor, Tensor> sparse_decode_outputs(SparseDecodeParams& params, const Tensor& q) {
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
   params.out = out.mutable_data_ptr();
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
-  if (batch > 0 && q_heads > 0) Backend::sparse_decode(params, q);
   return {out, lse};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> sparse_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                         const Tensor& page_table, const Tensor& seq_lens,
+                                         const std::optional<Tensor>& pages, const std::optional<Tensor>& counts,
+                                         std::optional<double> scale, int64_t window, double softcap) {
+  SparseDecodeParams params = sparse_decode_params<Backend>("sparse_decode", q, k_cache, v_cache, page_table, seq_lens,
+                                                            pages, counts, scale, window, softcap);
+  const auto outputs = sparse_decode_outputs(params, q);
+  if (params.batch > 0 && params.group > 0) Backend::sparse_decode(params, q);
+  return outputs;
 }
 
 }  // namespace lil

@@ -35,8 +35,8 @@ void append_kv(const AppendKvParams& p, const Tensor&) {
   const int64_t work = static_cast<int64_t>(items.size()) * p.cache.kv_heads;
   const AppendItem* list = items.data();
   constexpr int64_t kGrain = 32;  // a page of one head is a microsecond at most
-  torch::stable::parallel_for(0, work, kGrain,
-                              [&](int64_t begin, int64_t end) { kernels().append_kv(p, list, begin, end); });
+  const Kernels& isa = kernels();
+  torch::stable::parallel_for(0, work, kGrain, [&](int64_t begin, int64_t end) { isa.append_kv(p, list, begin, end); });
 }
 
 }  // namespace lil::cpu

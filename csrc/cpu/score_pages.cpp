@@ -10,13 +10,14 @@ void score_pages(const ScorePagesParams& p, const Tensor&) {
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t h = 0; h < table_heads(p.pages, p.kv_heads); ++h) {
       for (int64_t page = 0; page < pages_of(p.seq_lens[b], p.page_size); ++page) {
-        if (p.pages.at(b, h, page) != -1) check_physical_page(op, p.pages, b, h, page, p.num_pages);
+        check_read_page(op, p.pages, b, h, page, p.num_pages);
       }
     }
   }
   const int64_t blocks = pages_of(p.pages.max_pages, kScoreBlock);
+  const Kernels& isa = kernels();
   torch::stable::parallel_for(0, p.batch * p.kv_heads * blocks, 1,
-                              [&](int64_t begin, int64_t end) { kernels().score_pages(p, begin, end); });
+                              [&](int64_t begin, int64_t end) { isa.score_pages(p, begin, end); });
 }
 
 }  // namespace lil::cpu

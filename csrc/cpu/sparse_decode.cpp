@@ -14,7 +14,7 @@ int64_t checked_entries(const SparseDecodeParams& p, int64_t b, int64_t h) {
   const int64_t pages = pages_of(p.seq_lens[b], p.cache.page_size);
   if (!p.selected) {
     if (h < table_heads(p.table, p.cache.kv_heads)) {
-      for (int64_t page = 0; page < pages; ++page) check_physical_page(op, p.table, b, h, page, p.cache.num_pages);
+      for (int64_t page = 0; page < pages; ++page) check_read_page(op, p.table, b, h, page, p.cache.num_pages);
     }
     return pages;
   }
@@ -26,7 +26,7 @@ int64_t checked_entries(const SparseDecodeParams& p, int64_t b, int64_t h) {
     if (list[i] == -1) continue;
     LIL_CHECK(list[i] >= 0 && list[i] < pages, op, "pages",
               text("-1 or a page from 0 to ", pages - 1, " for sequence ", b, ", KV head ", h), text(list[i]));
-    check_physical_page(op, p.table, b, h, list[i], p.cache.num_pages);
+    check_read_page(op, p.table, b, h, list[i], p.cache.num_pages);
   }
   return count;
 }

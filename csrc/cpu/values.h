@@ -20,6 +20,12 @@ inline void check_physical_page(const char* op, const PageTable& table, int64_t 
             text(physical));
 }
 
+// For readers, who skip a page that is not mapped (-1).
+inline void check_read_page(const char* op, const PageTable& table, int64_t b, int64_t h, int64_t page,
+                            int64_t num_pages) {
+  if (table.at(b, h, page) != -1) check_physical_page(op, table, b, h, page, num_pages);
+}
+
 inline int64_t pages_of(int64_t tokens, int64_t page_size) { return (tokens + page_size - 1) / page_size; }
 
 // KV heads whose tables have to be looked at: one where they share it.

@@ -1,5 +1,5 @@
-// Every launcher begins with `const Launch launch(tensor)`: the tensor's device is current while it lives, and stream
-// is torch's current stream there.
+// Every launcher begins with `const Launch launch(tensor)`: the tensor's device is current while it lives, and stream is
+// torch's current stream there.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,11 +14,44 @@ namespace lil::cuda {
 
 using torch::stable::Tensor;
 
+// What the launchers ask of a device, read once.
+struct Device {
+  int index, sms, major;
+};
+constexpr int kMaxDevices = 64;
+const Device& current_device();
+
 struct Launch {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
 
   explicit Launch(const Tensor& on) : guard(on.get_device_index()), stream(current_stream(on)) {}
+
+  // Starts `kernel` as soon as the one before it on the stream lets go (programmatic dependent launch): its blocks are
+  // in place when the data is. So a kernel calls wait_for_previous() before it reads what others wrote.
+  template <class Kernel, class... Args>
+  void operator()(Kernel* kernel, dim3 grid, int threads, size_t shared_bytes, int cluster, const Args&... args) const {
+    cudaLaunchAttribute attributes[2];
+    int count = 0;
+    if (current_device().major >= 9) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+      if (cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count].val.clusterDim.x = cluster;
+        attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+        ++count;
+      }
+    }
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = count;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+  }
 
  private:
   static cudaStream_t current_stream(const Tensor& on) {
@@ -27,5 +60,21 @@ struct Launch {
     return static_cast<cudaStream_t>(stream);
   }
 };
+
+#if defined(__CUDACC__)
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel's blocks may start. Only after wait_for_previous(): then whoever waits for this kernel has also waited
+// for those before it.
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+#endif
 
 }  // namespace lil::cuda

@@ -1,19 +1,20 @@
 // The CUDA kernels' registration. An operator's host check is the one in api/, shared with the CPU.
 #include <torch/csrc/stable/library.h>
 
+#include "api/append_kv.h"
 #include "api/guardian_check.h"
-#include "cuda/launch.cuh"
-
-namespace lil::cuda {
-
-void guardian_check(const GuardianCheckParams&, const Tensor& on);
-
-struct Backend {
-  static constexpr auto guardian_check = &cuda::guardian_check;
-};
-
-}  // namespace lil::cuda
+#include "api/score_pages.h"
+#include "api/select_pages.h"
+#include "api/sparse_decode.h"
+#include "api/sparse_decode_step.h"
+#include "cuda/backend.h"
 
 STABLE_TORCH_LIBRARY_IMPL(lil, CUDA, m) {
-  m.impl("guardian_check", TORCH_BOX(&lil::guardian_check<lil::cuda::Backend>));
+  using lil::cuda::Backend;
+  m.impl("append_kv", TORCH_BOX(&lil::append_kv<Backend>));
+  m.impl("score_pages", TORCH_BOX(&lil::score_pages<Backend>));
+  m.impl("select_pages", TORCH_BOX(&lil::select_pages<Backend>));
+  m.impl("sparse_decode", TORCH_BOX(&lil::sparse_decode<Backend>));
+  m.impl("sparse_decode_step", TORCH_BOX(&lil::sparse_decode_step<Backend>));
+  m.impl("guardian_check", TORCH_BOX(&lil::guardian_check<Backend>));
 }

@@ -111,7 +111,7 @@ class LilCache(Cache):
             summary=self.policy.uses_summary,
         )
         self.rows = list(range(batch))
-        self._begun = False
+        self._begun = self._in_prompt = False
         self._unread: int | None = None
 
     def begin(self, prompt_lens: list[int]) -> None:
@@ -172,11 +172,13 @@ class LilCache(Cache):
         return self._attend_chunk(layer, query, scale, window, softcap)
 
     def reset(self) -> None:
-        """Forget every sequence; the buffers stay."""
+        """Forget every sequence, and serve all rows again; the buffers stay."""
         super().reset()
-        for row in range(self.kv.batch):
+        self.rows = list(range(self.kv.batch))
+        for row in self.rows:
             self.kv.free(row)
-        self._begun, self._unread = False, None
+        self._begun = self._in_prompt = False
+        self._unread = None
 
     def _begin_step(self, key: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Open the step that all layers share: find the real tokens, map pages for them, start the policy."""
@@ -197,9 +199,14 @@ class LilCache(Cache):
                 self._valid, counts = valid, real
         lengths = [self.kv.lengths[row] for row in self.rows]
         self._was_empty = not any(lengths)
+        prompt = tokens > 1 or self._was_empty
         if not self._begun:
             self.begin(counts)
-        self.kv.begin_step(self.rows, counts, prompt=tokens > 1 or self._was_empty)
+        elif self._in_prompt and not prompt:
+            # Only now are prompts that came in chunks known whole.
+            self.policy.check_budget(self.kv, lengths)
+        self._in_prompt = prompt
+        self.kv.begin_step(self.rows, counts, prompt=prompt)
         if tokens == 1:
             self.policy.begin_step(self.kv)
 

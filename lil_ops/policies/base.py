@@ -59,18 +59,27 @@ class Policy:
 
     def begin(self, cache: PagedKVCache, prompt_lens: list[int]) -> None:
         """Check the options against the cache and the prompts (``prompt_lens``: tokens), and make the state tensors."""
+        self.check_budget(cache, prompt_lens)
+
+    def check_budget(self, cache: PagedKVCache, prompt_lens: list[int]) -> None:
+        """Raise ValueError unless what is always read fits in the budget.
+
+        `begin` does it; where prompts came in pieces, whoever feeds them does it again once they are whole.
+        """
         size = cache.page_size
-        least = size * (-(-self.sink // size) + (self.recent + size - 2) // size + 1)
+        recent_pages = (self.recent + size - 2) // size + 1
+        least = size * (-(-self.sink // size) + recent_pages)
         if self.budget < least:
             raise ValueError(
                 f"policy {self.name}: budget: expected at least {least} tokens (the pages of size {size} that sink "
                 f"{self.sink} and recent {self.recent} can touch), got {self.budget}"
             )
         longest = max(prompt_lens, default=0)
-        if self.protect_prompt and size * (-(-longest // size) + 1) > self.budget:
+        least = size * (-(-longest // size) + recent_pages)
+        if self.protect_prompt and self.budget < least:
             raise ValueError(
-                f"policy {self.name}: budget: expected at least {size * (-(-longest // size) + 1)} tokens to protect a "
-                f"prompt of {longest} and read the current page, got {self.budget}"
+                f"policy {self.name}: budget: expected at least {least} tokens to protect a prompt of {longest} and "
+                f"read the pages that recent {self.recent} can touch, got {self.budget}"
             )
 
     def begin_step(self, cache: PagedKVCache) -> None:

@@ -13,7 +13,7 @@ class Full(Policy):
     def __init__(self):
         pass
 
-    def begin(self, cache, prompt_lens):
+    def check_budget(self, cache, prompt_lens):
         pass
 
     def select(self, layer, q, cache, scale):

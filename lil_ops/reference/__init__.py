@@ -10,5 +10,14 @@ from lil_ops.reference.lz77_append import lz77_sizes
 from lil_ops.reference.score_pages import score_pages
 from lil_ops.reference.select_pages import select_pages
 from lil_ops.reference.sparse_decode import sparse_decode
+from lil_ops.reference.sparse_decode_step import sparse_decode_step
 
-__all__ = ["append_kv", "guardian_check", "lz77_sizes", "score_pages", "select_pages", "sparse_decode"]
+__all__ = [
+    "append_kv",
+    "guardian_check",
+    "lz77_sizes",
+    "score_pages",
+    "select_pages",
+    "sparse_decode",
+    "sparse_decode_step",
+]

@@ -27,12 +27,16 @@ def sparse_decode(
                     position = page * page_size + slot
                     if page >= 0 and position < length and (window == 0 or position >= length - window):
                         physical = physical_page(page_table, b, h, page)
+                        if physical == -1:
+                            continue
                         keys.append(k_cache[physical, h, slot].double())
                         values.append(v_cache[physical, h, slot].double())
             if keys:
                 logits = scale * (queries[b, h] @ torch.stack(keys).T)
                 if softcap > 0:
                     logits = softcap * torch.tanh(logits / softcap)
-                out[b, h] = logits.softmax(-1) @ torch.stack(values)
+                # A query head whose every logit is -inf reads nothing.
+                reads = ~logits.isneginf().all(-1)
+                out[b, h, reads] = logits[reads].softmax(-1) @ torch.stack(values)
                 lse[b, h] = logits.logsumexp(-1)
     return out.view(q.shape), lse.view(batch, q_heads)

@@ -46,7 +46,8 @@ struct Kernels {
 // Pages that one item of score_pages covers.
 constexpr int64_t kScoreBlock = 64;
 
-// The best set that this processor runs; LIL_CPU_ISA=generic|avx2|avx512 in the environment asks for a lesser one.
+// The best set that this processor runs; LIL_CPU_ISA=generic|avx2|avx512 in the environment asks for a lesser one, and
+// any other value throws.
 const Kernels& kernels();
 
 }  // namespace lil::cpu

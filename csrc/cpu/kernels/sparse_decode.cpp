@@ -52,9 +52,11 @@ void softmax(float* logits, int64_t count, float softcap, float* max, float* sum
   Vec high = Vec::set1(-INFINITY);
   for (int64_t t = 0; t < padded; t += Vec::N) high = Vec::max(high, Vec::load(logits + t));
   const float m = high.largest();
+  // Where all are -inf, -inf - m would be NaN; combine_head drops such a chunk by its maximum.
+  const Vec base = Vec::set1(m == -INFINITY ? 0 : m);
   Vec total = Vec::zero();
   for (int64_t t = 0; t < padded; t += Vec::N) {
-    const Vec weight = exp(Vec::load(logits + t) - Vec::set1(m));
+    const Vec weight = exp(Vec::load(logits + t) - base);
     weight.store(logits + t);
     total = total + weight;
   }
@@ -77,6 +79,7 @@ void attend_chunk(const SparseDecodeParams& p, const AttendItem& item, const Par
     const int64_t from = begin > start ? begin : start;
     if (from >= stop) continue;
     const int64_t physical = p.table.at(item.b, item.h, page);
+    if (physical < 0) continue;  // not mapped
     const auto at = [&](const PagedBuffer& buffer) {
       return static_cast<const T*>(buffer.data) + physical * buffer.stride_page + item.h * buffer.stride_head;
     };
@@ -125,13 +128,14 @@ void combine_head(const SparseDecodeParams& p, const AttendItem* items, int64_t 
     const float m = partials.max[items[i].partial + g];
     max = m > max ? m : max;
   }
-  // Each chunk's factor replaces its maximum. A chunk that read nothing has sum 0 and acc 0.
+  // Each chunk's factor replaces its maximum. A chunk that read nothing, or logits of -inf only, weighs nothing.
   for (int64_t i = first; i < last; ++i) {
     const int64_t at = items[i].partial + g;
-    partials.max[at] = partials.sum[at] == 0 ? 0 : expf(partials.max[at] - max);
+    partials.max[at] = partials.max[at] == -INFINITY ? 0 : expf(partials.max[at] - max);
     sum += partials.sum[at] * partials.max[at];
   }
-  p.lse[row] = max + logf(sum);  // nothing read: -inf
+  p.lse[row] = max + logf(sum);  // only such chunks: -inf
+  if (sum == 0) last = first;    // and out 0, also where a value is NaN
   const Vec scale = Vec::set1(sum == 0 ? 0 : 1 / sum);
   for (int64_t d = 0; d < head_dim; d += Vec::N) {
     Vec acc = Vec::zero();

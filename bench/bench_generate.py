@@ -1,0 +1,148 @@
+"""`lil_ops.generate` against transformers' own generate, and where the time of one decode step goes.
+
+Needs the SmolLM2 model (`make models`). The variants of a case run in turn, so that whatever else the machine does
+meets all of them; pytest-benchmark then gets the recorded times.
+"""
+
+import itertools
+import os
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lil_ops import DecodeLoop, Guardian, generate, load_model, ops
+
+MODELS = Path(os.environ.get("LIL_MODELS", Path(__file__).resolve().parents[1] / "models"))
+GGUF = MODELS / "SmolLM2-135M-Instruct" / "model.gguf"
+PROMPT, NEW, ROUNDS, BUDGET = "Once upon a time, in a village by the sea,", 128, 5, 64
+OPERATORS = ["append_kv", "score_pages", "select_pages", "sparse_decode"]
+
+
+class RecordedTime:
+    """A timer for pytest-benchmark that `replay` moves on."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def replay(self, seconds: float) -> None:
+        self.now += seconds
+
+
+recorded = RecordedTime()
+pytestmark = [
+    pytest.mark.benchmark(timer=recorded),
+    pytest.mark.skipif(not GGUF.exists(), reason=f"{GGUF} is missing (make models, or set LIL_MODELS to its folder)"),
+]
+
+
+def report(benchmark, case, variant, seconds, **facts):
+    benchmark.group = case
+    benchmark.extra_info.update(case=case, variant=variant, **facts)
+    times = itertools.cycle(seconds)
+    benchmark.pedantic(lambda: recorded.replay(next(times)), rounds=len(seconds))
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def smollm2(request):
+    """``(model, prompt, name of the dtype)``."""
+    model, tokenizer = load_model(GGUF, dtype=request.param)
+    return model, tokenizer(PROMPT, return_tensors="pt").input_ids, str(request.param).removeprefix("torch.")
+
+
+@pytest.fixture(scope="module")
+def runs(smollm2):
+    """Seconds of each run of each variant."""
+    model, ids, _ = smollm2
+
+    def lil(**policy):
+        return generate(model, ids, max_new_tokens=NEW, eos_token_id=(), **policy).tokens[0]
+
+    def transformers():
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)[0, ids.shape[1] :].tolist()
+
+    variants = {
+        "lil": lil,
+        "lil, Guardian": lambda: lil(guardian=Guardian(interval=NEW, threshold=0)),
+        f"lil, quest, budget {BUDGET}": lambda: lil(policy="quest", budget=BUDGET),
+        f"lil, sink, budget {BUDGET}": lambda: lil(policy="sink", budget=BUDGET),
+        "transformers": transformers,
+    }
+    seconds = {variant: [] for variant in variants}
+    for _ in range(ROUNDS + 1):
+        tokens = {}
+        for variant, run in variants.items():
+            started = time.perf_counter()
+            tokens[variant] = run()
+            seconds[variant].append(time.perf_counter() - started)
+        assert {len(output) for output in tokens.values()} == {NEW}
+        assert tokens["lil"] == tokens["transformers"] or model.dtype != torch.float32
+    return {variant: times[1:] for variant, times in seconds.items()}
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["lil", "lil, Guardian", f"lil, quest, budget {BUDGET}", f"lil, sink, budget {BUDGET}", "transformers"],
+)
+def test_generate(benchmark, smollm2, runs, variant):
+    seconds = runs[variant]
+    case = f"generate {NEW} tokens, SmolLM2-135M {smollm2[2]}, batch 1"
+    report(benchmark, case, variant, seconds, tokens_per_s=round(NEW / statistics.median(seconds), 1))
+
+
+class Stopwatch:
+    """Adds up the time of the functions it wraps, by the name given."""
+
+    def __init__(self, monkeypatch):
+        self._monkeypatch, self.seconds = monkeypatch, {}
+
+    def wrap(self, owner, attribute, name):
+        function = getattr(owner, attribute)
+
+        def timed(*arguments, **options):
+            started = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+        self._monkeypatch.setattr(owner, attribute, timed)
+
+
+@pytest.fixture(scope="module")
+def parts(smollm2):
+    """Seconds of each part of every step of a run with Quest and a Guardian."""
+    model, ids, _ = smollm2
+    options = {"policy": "quest", "budget": BUDGET, "guardian": Guardian(interval=NEW, threshold=0)}
+    steps = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        watch = Stopwatch(monkeypatch)
+        for operator in OPERATORS:
+            watch.wrap(ops, operator, "operators")
+        with DecodeLoop(model, ids, max_new_tokens=NEW, eos_token_id=(), **options) as loop:
+            watch.wrap(loop, "_forward", "forward")
+            watch.wrap(loop.cache, "attend", "attend")
+            watch.wrap(loop._tracker, "append", "lz77")
+            for event in loop:
+                steps.append(watch.seconds | {"step": event.seconds})
+                watch.seconds.clear()
+    return steps[1:]
+
+
+PARTS = {
+    "lil": lambda step: step["step"],
+    "outside the model": lambda step: step["step"] - step["forward"],
+    "cache and policy, around the operators": lambda step: step["attend"] - step["operators"],
+    "lz77_append": lambda step: step["lz77"],
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_share_of_a_step(benchmark, smollm2, parts, part):
+    case = f"one step of the loop, SmolLM2-135M {smollm2[2]}, quest with a Guardian, batch 1"
+    report(benchmark, case, part, [PARTS[part](step) for step in parts])

@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""The operators on a machine with a GPU, from a bare checkout: bench/gpu.py test|bench [ARGUMENTS ...]
+
+Builds in place for the GPUs found, with the Python that runs this: it has a torch with CUDA and what pyproject.toml
+names for building and testing; nothing is installed. Then ``test`` runs the operators' test files (ARGUMENTS go to
+pytest, whose exit code is returned), and ``bench`` runs bench/peers.py (ARGUMENTS go there).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def operator_tests() -> list[str]:
+    """The test files that tests/conftest.py runs on CUDA as well."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(file) for file in files if re.search(r"^OPERATORS? = ", file.read_text(), re.MULTILINE)]
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in ("test", "bench"):
+        raise SystemExit(__doc__)
+    if not torch.cuda.is_available():
+        raise SystemExit(f"bench/gpu.py: torch {torch.__version__} of {sys.executable} finds no GPU")
+    what, *arguments = arguments
+    command = ["-m", "pytest", *operator_tests()] if what == "test" else [str(ROOT / "bench" / "peers.py")]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    for step in (["setup.py", "build_ext", "--inplace"], [*command, *arguments]):
+        code = subprocess.run([sys.executable, *step], cwd=ROOT, env=environment).returncode
+        if code:
+            break
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,29 @@
+// The CUDA launchers. The `on` tensor says which device; params are as in csrc/params.h, in device memory.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include "api/checks.h"
+#include "params.h"
+
+namespace lil::cuda {
+
+void append_kv(const AppendKvParams&, const Tensor& on);
+void score_pages(const ScorePagesParams&, const Tensor& on);
+void select_pages(const SelectPagesParams&, const Tensor& on);
+void sparse_decode(const SparseDecodeParams&, const Tensor& on);
+void sparse_decode_step(const SparseDecodeStepParams&, const Tensor& on);
+void guardian_check(const GuardianCheckParams&, const Tensor& on);
+
+struct Backend {
+  // Rows are read in vectors of this many bytes: every row must begin at a multiple of it.
+  static constexpr int64_t kAlignment = 16;
+  static constexpr auto append_kv = &cuda::append_kv;
+  static constexpr auto score_pages = &cuda::score_pages;
+  static constexpr auto select_pages = &cuda::select_pages;
+  static constexpr auto sparse_decode = &cuda::sparse_decode;
+  static constexpr auto sparse_decode_step = &cuda::sparse_decode_step;
+  static constexpr auto guardian_check = &cuda::guardian_check;
+};
+
+}  // namespace lil::cuda

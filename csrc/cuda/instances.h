@@ -1,0 +1,53 @@
+// sparse_decode on tensor cores is compiled for one element type and head_dim at a time, each in a file of its own
+// (CMakeLists.txt makes the files from sparse_decode_mma.cu.in). `with_head_dim` picks the instance.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "cuda/launch.cuh"
+#include "params.h"
+
+namespace lil::cuda {
+
+template <class T, int D>
+void launch_sparse_decode_mma(const SparseDecodeParams&, const SelectPagesParams&, const Launch&, const Tensor& on);
+
+template <int D>
+struct HeadDim {
+  static constexpr int value = D;
+};
+
+// The host checks let no other value through.
+template <class F>
+void with_head_dim(int64_t head_dim, F f) {
+  switch (head_dim) {
+    case 64:
+      return f(HeadDim<64>());
+    case 80:
+      return f(HeadDim<80>());
+    case 96:
+      return f(HeadDim<96>());
+    case 128:
+      return f(HeadDim<128>());
+    case 192:
+      return f(HeadDim<192>());
+    case 256:
+      return f(HeadDim<256>());
+  }
+}
+
+// Raises the kernel's limit of dynamic shared memory on the current device, once for each larger size, and lets shared
+// memory have all of L1 that it can use.
+template <auto Kernel>
+void allow_shared(size_t bytes) {
+  static std::atomic<size_t> allowed[kMaxDevices];
+  std::atomic<size_t>& there = allowed[current_device().index];
+  if (there.load(std::memory_order_relaxed) >= bytes) return;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  STD_CUDA_CHECK(cudaFuncSetAttribute(Kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                      cudaSharedmemCarveoutMaxShared));
+  there.store(bytes, std::memory_order_relaxed);
+}
+
+}  // namespace lil::cuda

@@ -1,0 +1,38 @@
+#include "cuda/score_pages.cuh"
+
+#include "cuda/backend.h"
+#include "cuda/score_pages_launch.h"
+
+namespace lil::cuda {
+namespace {
+
+template <auto Kernel>
+void start(const ScorePagesParams& p, const AppendKvParams& append, size_t shared, const Launch& launch) {
+  const ScoreGrid grid(p, append.k != nullptr);
+  allow_shared<Kernel>(shared);
+  launch(Kernel, grid.blocks, kScoreThreads, shared, 1, p, append, grid.tiles_per_warp, error_word());
+}
+
+}  // namespace
+
+void append_and_score(const AppendKvParams& append, const ScorePagesParams& p, const Tensor& on) {
+  const Launch launch(on);
+  const bool mma = p.q_dtype == p.summary_dtype && p.q_dtype != DType::kFloat32;
+  with_dtype(p.summary_dtype, [&]<class T>(const T*) {
+    if constexpr (!std::is_same_v<T, float>) {
+      if (mma) {
+        return with_head_dim(p.head_dim, [&]<class D>(D) {
+          const size_t head_blocks = (p.group + kScoreHeads - 1) / kScoreHeads;
+          start<score_pages_mma<T, D::value>>(p, append, head_blocks * (2 * D::value / 32) * 32 * sizeof(uint4), launch);
+        });
+      }
+    }
+    start<score_pages_fma<T>>(p, append, kScoreHeads * 2 * p.head_dim * sizeof(float), launch);
+  });
+}
+
+void score_pages(const ScorePagesParams& p, const Tensor& on) {
+  if (p.pages.max_pages > 0) append_and_score({}, p, on);
+}
+
+}  // namespace lil::cuda

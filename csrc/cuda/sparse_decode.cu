@@ -1,0 +1,38 @@
+#include "cuda/sparse_decode.cuh"
+
+#include "api/sparse_decode_step.h"
+#include "cuda/score_pages_launch.h"
+
+namespace lil::cuda {
+namespace {
+
+void attend(const SparseDecodeParams& p, const SelectPagesParams& select, const Tensor& on) {
+  const Launch launch(on);
+  const bool mma = p.q_dtype == p.cache.dtype && p.q_dtype != DType::kFloat32;
+  with_dtype(p.cache.dtype, [&]<class T>(const T*) {
+    if constexpr (!std::is_same_v<T, float>) {
+      if (mma) {
+        return with_head_dim(p.cache.head_dim,
+                             [&]<class D>(D) { launch_sparse_decode_mma<T, D::value>(p, select, launch, on); });
+      }
+    }
+    launch_sparse_decode<FmaEngine<T>>(p, select, launch, on);
+  });
+}
+
+}  // namespace
+
+void sparse_decode(const SparseDecodeParams& p, const Tensor& on) { attend(p, {}, on); }
+
+// Two launches: append and score, then select and attend.
+void sparse_decode_step(const SparseDecodeStepParams& p, const Tensor& on) {
+  append_and_score(p.append, p.score, on);
+  constexpr int64_t kMaxSelected = 4096;  // pages of a list that shared memory holds beside all else
+  if (p.select.capacity <= kMaxSelected) return attend(p.attend, p.select, on);
+  SelectPagesParams select = p.select;
+  const auto [pages, counts] = select_pages_outputs(select, on);
+  select_pages(select, on);
+  attend(with_selection(p.attend, select), {}, on);
+}
+
+}  // namespace lil::cuda

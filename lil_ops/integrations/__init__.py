@@ -1,0 +1,1 @@
+"""Hugging Face: which models can be served, the attention implementation "lil", and its cache."""
