@@ -56,6 +56,8 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)
         package = ROOT / "lil_ops" if self.inplace or self.editable_mode else Path(self.build_lib) / "lil_ops"
         package.mkdir(parents=True, exist_ok=True)
+        if not (libraries / "liblil_cuda.so").exists():
+            (package / "liblil_cuda.so").unlink(missing_ok=True)  # an earlier build's, from before CUDA was turned off
         for library in libraries.glob("*.so"):
             # A library that a process has loaded must not change under it: replace the file, do not write into it.
             shutil.copy2(library, package / f"{library.name}.new")

@@ -137,7 +137,7 @@ class PagedKVCache:
         self._rows_table = None
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write this step's keys and values ``[tokens, kv_heads, head_dim]``, in the order of its rows, into a layer."""
+        """Write this step's keys and values ``[tokens, kv_heads, head_dim]``, in its rows' order, into a layer."""
         step = self.step
         ops.append_kv(
             self.k[layer], self.v[layer], self.summary[layer], k, v, step.page_table, step.seq_lens, step.cu_seqlens

@@ -141,7 +141,8 @@ def sparse_decode(
     Args:
         q: ``[batch, q_heads, head_dim]``. k_cache, v_cache: as in `append_kv`. page_table, seq_lens: see the module.
         pages: ``[batch, kv_heads, capacity]`` logical pages each KV head reads, -1 skipped; None: every page. A page
-            listed twice is read twice, one that is not mapped not at all. counts: ``[batch, kv_heads]`` entries of each list that count; None: all.
+            listed twice is read twice, one that is not mapped not at all.
+        counts: ``[batch, kv_heads]`` entries of each list that count; None: all.
         scale: factor on the logits; default ``head_dim ** -0.5``.
         window: only the last ``window`` tokens of a sequence may be read (sliding-window layers); 0: no limit.
         softcap: logits become ``softcap * tanh(logit / softcap)`` (Gemma 2); 0: they stay.

@@ -10,6 +10,7 @@ from lil_ops.policies import Full, Quest, Sink
 HEADS, DIM, PAGE, GROUP = 2, 64, 8, 3
 SCALE = 0.2
 PROMPTS = [20, 3]
+OPTIONS = "expected one of budget, sink, recent, protect_prompt, dense_layers"
 
 
 def filled(policy):
@@ -59,10 +60,12 @@ def test_unknown_names():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("full", {"budget": 64}, "policy full: .*'budget'"),
-        ("sink", {"budget": 64, "top_k": 4}, "policy sink: .*'top_k'"),
-        ("quest", {"budget": 64, "sinks": 4}, "policy quest: .*'sinks'"),
-        ("quest", {}, "policy quest: budget: expected a number of tokens, got None"),
+        ("full", {"budget": 64}, "policy full: unknown option 'budget': expected none$"),
+        ("sink", {"budget": 64, "top_k": 4}, f"policy sink: unknown option 'top_k': {OPTIONS}$"),
+        ("quest", {"sinks": 4}, f"policy quest: unknown option 'sinks': {OPTIONS}$"),
+        ("quest", {}, r"policy quest: budget: expected a number of tokens \(budget=...\), got none$"),
+        ("quest", {"budget": "64"}, "policy quest: budget: expected a whole number, got '64'"),
+        ("sink", {"budget": 64, "sink": 4.5}, "policy sink: sink: expected a whole number, got 4.5"),
         ("quest", {"budget": 64, "sink": -1}, "policy quest: sink: expected at least 0, got -1"),
         ("quest", {"budget": 64, "recent": 0}, "policy quest: recent: expected at least 1, got 0"),
         ("quest", {"budget": 64, "dense_layers": -1}, "policy quest: dense_layers: expected at least 0, got -1"),

@@ -123,7 +123,7 @@ def test_a_protected_prompt_in_chunks_must_fit_whole(policy):
     model.set_attn_implementation("lil")
     caches = [LilCache(model, policy, budget=budget, protect_prompt=True, max_tokens=60) for budget in (64, 63)]
     hf_generate(model, ids, 9, cache=caches[0], prefill_chunk_size=10)
-    with pytest.raises(ValueError, match="expected at least 64 tokens to protect a prompt of 40.* got 63"):
+    with pytest.raises(ValueError, match=r"expected at least 64 tokens to protect a prompt of 40.* got 63"):
         hf_generate(model, ids, 9, cache=caches[1], prefill_chunk_size=10)
 
 

@@ -1,5 +1,3 @@
-#include "cuda/errors.cuh"
-
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/macros.h>
 
@@ -7,6 +5,7 @@
 #include <string>
 
 #include "api/checks.h"
+#include "cuda/errors.cuh"
 #include "cuda/launch.cuh"
 
 namespace lil::cuda {

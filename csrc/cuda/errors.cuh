@@ -1,5 +1,5 @@
-// The sticky error word: one a device. A kernel that meets a value out of range skips the entry and notes the first such
-// value here; nobody waits for it. lil_ops.check_errors() reads and clears it.
+// The sticky error word: one a device. A kernel that meets a value out of range skips the entry and notes the first
+// such value here; nobody waits for it. lil_ops.check_errors() reads and clears it.
 #pragma once
 
 #include <cstdint>

@@ -37,16 +37,14 @@ void with_head_dim(int64_t head_dim, F f) {
   }
 }
 
-// Raises the kernel's limit of dynamic shared memory on the current device, once for each larger size, and lets shared
-// memory have all of L1 that it can use.
+// Raises the kernel's limit of dynamic shared memory on the current device, once for each larger size. What shared
+// memory does not take is L1, which holds the loads in flight: it is not asked for more than is used.
 template <auto Kernel>
 void allow_shared(size_t bytes) {
   static std::atomic<size_t> allowed[kMaxDevices];
   std::atomic<size_t>& there = allowed[current_device().index];
-  if (there.load(std::memory_order_relaxed) >= bytes) return;
+  if (bytes <= 48 * 1024 || there.load(std::memory_order_relaxed) >= bytes) return;
   STD_CUDA_CHECK(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-  STD_CUDA_CHECK(cudaFuncSetAttribute(Kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                      cudaSharedmemCarveoutMaxShared));
   there.store(bytes, std::memory_order_relaxed);
 }
 

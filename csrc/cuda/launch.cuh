@@ -1,5 +1,5 @@
-// Every launcher begins with `const Launch launch(tensor)`: the tensor's device is current while it lives, and stream is
-// torch's current stream there.
+// Every launcher begins with `const Launch launch(tensor)`: the tensor's device is current while it lives, and stream
+// is torch's current stream there.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -68,8 +68,8 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
-// The next kernel's blocks may start. Only after wait_for_previous(): then whoever waits for this kernel has also waited
-// for those before it.
+// The next kernel's blocks may start. Only after wait_for_previous(): then whoever waits for this kernel has also
+// waited for those before it.
 __device__ inline void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

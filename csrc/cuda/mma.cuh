@@ -9,8 +9,8 @@
 
 namespace lil::cuda {
 
-// acc[16 x 8] += a[16 x 16] b[16 x 8]. Lane (n, c) has a: rows n, n + 8, k 2c, 2c + 1 and 2c + 8, 2c + 9; b: column n, the
-// same k; acc: rows n (0, 1) and n + 8 (2, 3), columns 2c and 2c + 1.
+// acc[16 x 8] += a[16 x 16] b[16 x 8]. Lane (n, c) has a: rows n, n + 8, k 2c, 2c + 1 and 2c + 8, 2c + 9; b: column n,
+// the same k; acc: rows n (0, 1) and n + 8 (2, 3), columns 2c and 2c + 1.
 template <class T>
 __device__ inline void mma(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                            uint32_t b1) {
@@ -33,18 +33,6 @@ template <class T>
 __device__ inline void mma_chunk(float (&acc)[4], uint4 low, uint4 high, uint4 b) {
   mma<T>(acc, low.x, high.x, low.y, high.y, b.x, b.y);
   mma<T>(acc, low.z, high.z, low.w, high.w, b.z, b.w);
-}
-
-// Packs two floats, `low` in the lower half.
-template <class T>
-__device__ inline uint32_t pack(float low, float high) {
-  uint32_t packed;
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  }
-  return packed;
 }
 
 // An 8 x 8 matrix of halves, lane (n, c) holding row n, columns 2c and 2c + 1.

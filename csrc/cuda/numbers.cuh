@@ -38,17 +38,34 @@ __device__ inline float load_float(const void* data, DType dtype, int64_t i) {
   }
 }
 
-__device__ inline void store_float(float x, void* data, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::kFloat32:
-      static_cast<float*>(data)[i] = x;
-      break;
-    case DType::kFloat16:
-      static_cast<__half*>(data)[i] = __float2half_rn(x);
-      break;
-    default:
-      static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
+// Packs two floats, `low` in the lower half.
+template <class T>
+__device__ inline uint32_t pack(float low, float high) {
+  uint32_t packed;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   }
+  return packed;
+}
+
+// Elements i to i + 3, i a multiple of 4.
+__device__ inline void store_floats(float4 x, void* data, DType dtype, int64_t i) {
+  if (dtype == DType::kFloat32) {
+    static_cast<float4*>(data)[i / 4] = x;
+  } else if (dtype == DType::kFloat16) {
+    static_cast<uint2*>(data)[i / 4] = {pack<__half>(x.x, x.y), pack<__half>(x.z, x.w)};
+  } else {
+    static_cast<uint2*>(data)[i / 4] = {pack<__nv_bfloat16>(x.x, x.y), pack<__nv_bfloat16>(x.z, x.w)};
+  }
+}
+
+// 2^x, to about 2 ulp; results below the smallest normal number are 0.
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // Minimum and maximum that keep NaN, as torch.amin and torch.amax do.

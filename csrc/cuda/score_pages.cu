@@ -1,6 +1,5 @@
-#include "cuda/score_pages.cuh"
-
 #include "cuda/backend.h"
+#include "cuda/score_pages.cuh"
 #include "cuda/score_pages_launch.h"
 
 namespace lil::cuda {
@@ -23,7 +22,8 @@ void append_and_score(const AppendKvParams& append, const ScorePagesParams& p, c
       if (mma) {
         return with_head_dim(p.head_dim, [&]<class D>(D) {
           const size_t head_blocks = (p.group + kScoreHeads - 1) / kScoreHeads;
-          start<score_pages_mma<T, D::value>>(p, append, head_blocks * (2 * D::value / 32) * 32 * sizeof(uint4), launch);
+          start<score_pages_mma<T, D::value>>(p, append, head_blocks * (2 * D::value / 32) * 32 * sizeof(uint4),
+                                              launch);
         });
       }
     }

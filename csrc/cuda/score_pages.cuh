@@ -37,7 +37,11 @@ struct ScoreGrid {
 template <class T>
 __device__ bool appends(const AppendKvParams& append, int32_t b, int32_t h, ErrorWord* errors) {
   if (append.k == nullptr || blockIdx.y > 0) return false;
-  if (threadIdx.x < 32) append_token<T>(append, b, b, h, b, b + 1, errors);
+  if (threadIdx.x < 32) {
+    Finding finding;
+    append_token<T>(append, b, b, h, b, b + 1, finding);
+    finding.report(errors, Op::kAppendKv, b);
+  }
   return true;
 }
 
@@ -60,10 +64,10 @@ struct ScoreTile {
 // Row n of the tile: the page's summary, or null where the page is not there.
 template <class T>
 __device__ const T* summary_row(const ScorePagesParams& p, const ScoreTile& tile, int32_t b, int32_t h, int32_t row,
-                                ErrorWord* errors) {
+                                Finding& finding) {
   const int32_t page = tile.first + row;
   if (page >= tile.pages) return nullptr;
-  const int64_t physical = checked_page(Op::kScorePages, p.pages, b, h, page, p.num_pages, errors);
+  const int64_t physical = checked_page(finding, p.pages, b, h, page, p.num_pages);
   if (physical < 0) return nullptr;
   return static_cast<const T*>(p.summary.data) + physical * p.summary.stride_page + h * p.summary.stride_head;
 }
@@ -78,9 +82,9 @@ __device__ uint4 split_query(const ScorePagesParams& p, int32_t b, int32_t h, in
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(256) score_pages_mma(const __grid_constant__ ScorePagesParams p,
-                                                       const __grid_constant__ AppendKvParams append,
-                                                       int tiles_per_warp, ErrorWord* errors) {
+__global__ void __launch_bounds__(kScoreThreads, D > 192 ? 1 : 2)
+    score_pages_mma(const __grid_constant__ ScorePagesParams p, const __grid_constant__ AppendKvParams append,
+                    int tiles_per_warp, ErrorWord* errors) {
   constexpr int kChunks = 2 * D / 32, kHalf = kChunks <= 8 ? kChunks : kChunks / 2;
   extern __shared__ uint4 queries[];  // [head blocks][kChunks][32 lanes], as mma_chunk takes them
   const int32_t h = blockIdx.x, b = blockIdx.z, lane = threadIdx.x % 32, n = lane / 4, c = lane % 4;
@@ -88,21 +92,26 @@ __global__ void __launch_bounds__(256) score_pages_mma(const __grid_constant__ S
   wait_for_previous();
   let_next_start();
   if (appends<T>(append, b, h, errors)) return;
+#pragma unroll 1
   for (int32_t i = threadIdx.x; i < blocks * kChunks * 32; i += blockDim.x) {
     const int32_t g = i / (kChunks * 32) * kScoreHeads + i % 32 / 4;
     queries[i] = split_query<T, D>(p, b, h, g, i / 32 % kChunks * 32 + i % 4 * 8);
   }
-  const int32_t max_pages = static_cast<int32_t>(p.pages.max_pages), page_size = static_cast<int32_t>(p.page_size);
-  const int32_t length = checked_length(Op::kScorePages, p.seq_lens, b, p.pages.max_pages * page_size, errors);
+  const int32_t max_pages = static_cast<int32_t>(p.pages.max_pages);
+  const PageSize page_size(p.page_size);
+  Finding finding;
+  const int32_t length = checked_length(finding, p.seq_lens, b, p.pages.max_pages << page_size.shift);
   __syncthreads();
 
-  ScoreTile tile{0, ceil_div(length, page_size), p.scores + (b * p.kv_heads + h) * p.pages.max_pages};
+  ScoreTile tile{0, page_size.pages(length), p.scores + (b * p.kv_heads + h) * p.pages.max_pages};
+#pragma unroll 1
   for (int32_t t = 0; t < tiles_per_warp; ++t) {
     tile.first = first_page(append, tiles_per_warp, t);
     if (tile.first >= max_pages) break;
-    const T* const rows[2] = {summary_row<T>(p, tile, b, h, n, errors), summary_row<T>(p, tile, b, h, n + 8, errors)};
+    const T* const rows[2] = {summary_row<T>(p, tile, b, h, n, finding), summary_row<T>(p, tile, b, h, n + 8, finding)};
     float best[2] = {-INFINITY, -INFINITY};
     // More than eight chunks would not fit in the registers together with as many in flight: two halves then.
+#pragma unroll 1
     for (int32_t block = 0; block < blocks; ++block) {
       float acc[4] = {};
 #pragma unroll
@@ -133,13 +142,14 @@ __global__ void __launch_bounds__(256) score_pages_mma(const __grid_constant__ S
       if (c == 0) tile.store(max_pages, n + 8 * r, best[r] * p.scale, rows[r] != nullptr);
     }
   }
+  finding.report(errors, Op::kScorePages, b);
 }
 
 // Any dtypes, in fp32: four lanes share a page. Heads go in blocks, so that shared memory holds any group.
 template <class T>
-__global__ void __launch_bounds__(256) score_pages_fma(const __grid_constant__ ScorePagesParams p,
-                                                       const __grid_constant__ AppendKvParams append,
-                                                       int tiles_per_warp, ErrorWord* errors) {
+__global__ void __launch_bounds__(kScoreThreads, 2)
+    score_pages_fma(const __grid_constant__ ScorePagesParams p, const __grid_constant__ AppendKvParams append,
+                    int tiles_per_warp, ErrorWord* errors) {
   extern __shared__ float values[];  // [kScoreHeads][2 * head_dim]
   const int32_t h = blockIdx.x, b = blockIdx.z, n = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
   const int32_t group = static_cast<int32_t>(p.group);
@@ -147,13 +157,16 @@ __global__ void __launch_bounds__(256) score_pages_fma(const __grid_constant__ S
   wait_for_previous();
   let_next_start();
   if (appends<T>(append, b, h, errors)) return;
-  const int32_t max_pages = static_cast<int32_t>(p.pages.max_pages), page_size = static_cast<int32_t>(p.page_size);
-  const int32_t length = checked_length(Op::kScorePages, p.seq_lens, b, p.pages.max_pages * page_size, errors);
-  ScoreTile tile{0, ceil_div(length, page_size), p.scores + (b * p.kv_heads + h) * p.pages.max_pages};
+  const int32_t max_pages = static_cast<int32_t>(p.pages.max_pages);
+  const PageSize page_size(p.page_size);
+  Finding finding;
+  const int32_t length = checked_length(finding, p.seq_lens, b, p.pages.max_pages << page_size.shift);
+  ScoreTile tile{0, page_size.pages(length), p.scores + (b * p.kv_heads + h) * p.pages.max_pages};
 
   for (int32_t first_head = 0; first_head < group; first_head += kScoreHeads) {
     const int32_t heads = min(group - first_head, kScoreHeads);
     __syncthreads();
+#pragma unroll 1
     for (int32_t i = threadIdx.x; i < heads * width; i += blockDim.x) {
       const int32_t g = first_head + i / width, d = i % width;
       const int64_t at = b * p.q_stride_b + (h * p.group + g) * p.q_stride_h + (d < head_dim ? d : d - head_dim);
@@ -161,14 +174,18 @@ __global__ void __launch_bounds__(256) score_pages_fma(const __grid_constant__ S
       values[i] = d < head_dim ? min_nan(x, 0) : max_nan(x, 0);
     }
     __syncthreads();
+#pragma unroll 1
     for (int32_t t = 0; t < tiles_per_warp; ++t) {
       tile.first = first_page(append, tiles_per_warp, t);
       if (tile.first >= max_pages) break;
+#pragma unroll 1
       for (int32_t r = n; r < kScoreTile; r += 8) {
-        const T* const row = summary_row<T>(p, tile, b, h, r, errors);
+        const T* const row = summary_row<T>(p, tile, b, h, r, finding);
         float best = first_head == 0 || c != 0 || row == nullptr ? -INFINITY : tile.scores[tile.first + r];
+#pragma unroll 1
         for (int32_t g = 0; g < heads; ++g) {
           float sum = 0;
+#pragma unroll 2
           for (int32_t d = 4 * c; row && d < width; d += 16) {
 #pragma unroll
             for (int32_t i = d; i < d + 4; ++i) sum = fmaf(values[g * width + i], to_float(row[i]), sum);
@@ -181,6 +198,7 @@ __global__ void __launch_bounds__(256) score_pages_fma(const __grid_constant__ S
       }
     }
   }
+  finding.report(errors, Op::kScorePages, b);
 }
 
 }  // namespace lil::cuda

@@ -1,25 +1,35 @@
-#include "cuda/select_pages.cuh"
+#include <algorithm>
 
 #include "cuda/backend.h"
-#include "cuda/launch.cuh"
+#include "cuda/instances.h"
+#include "cuda/select_pages.cuh"
 
 namespace lil::cuda {
 namespace {
 
 constexpr int kThreads = 512;
 
-__global__ void __launch_bounds__(kThreads) select_pages_kernel(const __grid_constant__ SelectPagesParams p,
-                                                                ErrorWord* errors) {
+template <bool kStaged>
+__global__ void __launch_bounds__(kThreads)
+    select_pages_kernel(const __grid_constant__ SelectPagesParams p, ErrorWord* errors) {
   __shared__ SelectScratch scratch;
+  extern __shared__ uint4 staged[];
   const int32_t h = blockIdx.x, b = blockIdx.y, capacity = static_cast<int32_t>(p.capacity);
   wait_for_previous();
-  const int32_t length = checked_length(Op::kSelectPages, p.seq_lens, b, p.max_pages * p.page_size, errors);
-  const int32_t pages = ceil_div(length, static_cast<int32_t>(p.page_size));
+  let_next_start();
+  Finding finding;
+  const PageSize page_size(p.page_size);
+  const int32_t length = checked_length(finding, p.seq_lens, b, p.max_pages << page_size.shift);
+  const int32_t pages = page_size.pages(length);
   int32_t* const out = p.pages + (b * p.kv_heads + h) * p.capacity;
-  if (threadIdx.x == 0) p.counts[b * p.kv_heads + h] = min(pages, capacity);
+  if (threadIdx.x == 0) {
+    p.counts[b * p.kv_heads + h] = min(pages, capacity);
+    finding.report(errors, Op::kSelectPages, b);
+  }
   if (pages > capacity) {
-    select_pages_of(scratch, p, b, h, length, out);
+    select_pages_of<kStaged>(scratch, p, b, h, length, reinterpret_cast<uint32_t*>(staged), out);
   } else {
+#pragma unroll 1
     for (int32_t i = threadIdx.x; i < capacity; i += kThreads) out[i] = i < pages ? i : -1;
   }
 }
@@ -28,7 +38,13 @@ __global__ void __launch_bounds__(kThreads) select_pages_kernel(const __grid_con
 
 void select_pages(const SelectPagesParams& p, const Tensor& on) {
   const Launch launch(on);
-  launch(select_pages_kernel, dim3(p.kv_heads, p.batch), kThreads, 0, 1, p, error_word());
+  const auto start = [&]<bool kStaged>(size_t shared) {
+    allow_shared<select_pages_kernel<kStaged>>(shared);
+    launch(select_pages_kernel<kStaged>, dim3(p.kv_heads, p.batch), kThreads, shared, 1, p, error_word());
+  };
+  constexpr int64_t kMostStaged = 32768;
+  p.max_pages <= kMostStaged ? start.operator()<true>((p.max_pages + 3) / 4 * sizeof(uint4))
+                             : start.operator()<false>(0);
 }
 
 }  // namespace lil::cuda

@@ -1,7 +1,8 @@
-// Selection by one block, without sorting. A page's rank is an integer of 64 bits: the score, as an integer in the order
-// of the scores, and below it the place in the list counted from the end, so that no two are equal and the earlier page
-// wins a tie. The k-th best is found digit by digit (a histogram of eight bits a pass) until at most 32 pages can be it;
-// then one warp compares those. One scan in page order writes the chosen pages, ascending.
+// Selection by one block, without sorting. Scores become integers in the same order ("keys"), counted from the smallest
+// and shifted up so that the first digit already tells most apart. The k-th best is found digit by digit (a histogram
+// of eight bits a pass) until at most 32 pages can be it; then those are compared with each other. One scan in page
+// order writes the chosen pages, ascending. It runs once in a kernel, so it is short code: instructions come from
+// memory too.
 #pragma once
 
 #include "cuda/pages.cuh"
@@ -10,24 +11,40 @@ namespace lil::cuda {
 
 // NaN is best; -0 equals 0.
 __device__ inline uint32_t score_key(float x) {
-  if (isnan(x)) return ~0u;
   const uint32_t bits = __float_as_uint(x + 0.0f);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return isnan(x) ? ~0u : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
 struct SelectScratch {
   uint32_t histogram[2][256];  // in turn: one is cleared while the other is read
   uint32_t low[32], high[32];  // one a warp
   uint32_t bin, above, in_bin, num_candidates;
-  uint64_t candidates[32];
+  uint2 candidates[32];  // key, page
 };
 
-// The largest bin whose ranks, with those of the bins above, reach `wanted`; by the first warp, eight bins a lane.
+// The scores of pages [0, n) as keys: kept in shared memory, or made again in each pass where they are too many.
+template <bool kStaged>
+struct SelectKeys {
+  static constexpr int kAtOnce = 4;  // a lane's consecutive pages
+
+  const float* scores;
+  uint32_t* staged;  // room for n, rounded up to a multiple of kAtOnce
+  int32_t n;
+
+  __device__ uint32_t make(int32_t i) const { return i < n ? score_key(scores[i]) : 0; }
+
+  __device__ uint4 load(int32_t i) const {
+    if constexpr (kStaged) return *reinterpret_cast<const uint4*>(staged + i);
+    return {make(i), make(i + 1), make(i + 2), make(i + 3)};
+  }
+};
+
+// The largest bin whose keys, with those of the bins above, reach `wanted`; by one warp, eight bins a lane.
 __device__ inline void find_bin(SelectScratch& s, const uint32_t* histogram, uint32_t wanted) {
-  const uint32_t lane = threadIdx.x;
-  uint32_t count[8], mine = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) mine += count[i] = histogram[8 * lane + i];
+  const uint32_t lane = threadIdx.x % 32;
+  const uint4 low = reinterpret_cast<const uint4*>(histogram)[2 * lane];
+  const uint4 high = reinterpret_cast<const uint4*>(histogram)[2 * lane + 1];
+  const uint32_t mine = low.x + low.y + low.z + low.w + high.x + high.y + high.z + high.w;
   uint32_t from_top = mine;  // this lane's bins and all above
 #pragma unroll
   for (uint32_t step = 1; step < 32; step *= 2) {
@@ -36,74 +53,78 @@ __device__ inline void find_bin(SelectScratch& s, const uint32_t* histogram, uin
   }
   uint32_t above = from_top - mine;
   if (above >= wanted || from_top < wanted) return;
-#pragma unroll
-  for (int i = 7; i >= 0; --i) {
-    if (above < wanted && above + count[i] >= wanted) s.bin = 8 * lane + i, s.above = above, s.in_bin = count[i];
-    above += count[i];
+#pragma unroll 1
+  for (int32_t i = 8 * lane + 7;; --i) {
+    const uint32_t count = histogram[i];
+    if (above + count >= wanted) {
+      s.bin = i, s.above = above, s.in_bin = count;
+      return;
+    }
+    above += count;
   }
 }
 
-// Writes the `k` best of scores[0, n), 0 < k < n, as first_page + index, ascending. The whole block calls it; out is
-// complete after the next __syncthreads().
-__device__ inline void select_best(SelectScratch& s, const float* scores, int32_t n, int32_t k, int32_t first_page,
-                                   int32_t* out) {
-  constexpr int32_t kCached = 8;  // keys a thread keeps in registers; it reads others again in each pass
-  const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  // Each warp has a stretch of pages, a multiple of 32.
-  const int32_t stretch = ceil_div(n, warps * 32) * 32, begin = min(n, warp * stretch), end = min(n, begin + stretch);
-  uint32_t keys[kCached];
-#pragma unroll
-  for (int32_t j = 0; j < kCached; ++j) {
-    const int32_t i = begin + 32 * j + lane;
-    keys[j] = i < end ? score_key(scores[i]) : 0;
-  }
-  // Calls f(page index, key, whether there is such a page), by whole warps.
-  const auto for_each = [&](auto f) {
-#pragma unroll
-    for (int32_t j = 0; j < kCached; ++j) {
-      const int32_t i = begin + 32 * j + lane;
-      if (begin + 32 * j < end) f(i, keys[j], i < end);
-    }
-    for (int32_t first = begin + 32 * kCached; first < end; first += 32) {
-      const int32_t i = first + lane;
-      f(i, i < end ? score_key(scores[i]) : 0, i < end);
-    }
-  };
+// Sum of x over the lanes of the warps before this one; every warp's own sum in `own`.
+__device__ inline uint32_t sum_before(uint32_t* one_a_warp, uint32_t x, uint32_t& own) {
+  const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  own = __reduce_add_sync(~0u, x);
+  __syncthreads();
+  if (lane == 0) one_a_warp[warp] = own;
+  __syncthreads();
+  return __reduce_add_sync(~0u, lane < warp ? one_a_warp[lane] : 0);
+}
 
+// Writes the `k` best pages of [0, n), 0 < k < n, as first_page + page, ascending; among equals the earlier. The whole
+// block calls it; out is complete after the next __syncthreads().
+template <bool kStaged>
+__device__ void select_best(SelectScratch& s, const SelectKeys<kStaged>& keys, int32_t k, int32_t first_page,
+                            int32_t* out) {
+  constexpr int32_t kStep = 32 * SelectKeys<kStaged>::kAtOnce;
+  const int32_t n = keys.n, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   uint32_t low = ~0u, high = 0;
-  for_each([&](int32_t, uint32_t key, bool there) {
-    if (there) low = min(low, key), high = max(high, key);
-  });
+  __syncthreads();  // an earlier user may still read the scratch
+#pragma unroll 8
+  for (int32_t i = threadIdx.x; i < n; i += blockDim.x) {  // the one long wait: many loads in flight
+    const uint32_t key = keys.make(i);
+    if constexpr (kStaged) keys.staged[i] = key;
+    low = min(low, key), high = max(high, key);
+  }
   low = __reduce_min_sync(~0u, low);
   high = __reduce_max_sync(~0u, high);
-  __syncthreads();  // an earlier call may still read the scratch
   if (lane == 0) s.low[warp] = low, s.high[warp] = high;
   for (int32_t i = threadIdx.x; i < 256; i += blockDim.x) s.histogram[0][i] = 0;
   if (threadIdx.x == 0) s.num_candidates = 0;
   __syncthreads();
-  for (int32_t w = 0; w < warps; ++w) low = min(low, s.low[w]), high = max(high, s.high[w]);
-  // Counted from the smallest key and shifted up, so that the first digit already tells most ranks apart.
-  const int32_t shift = __clzll(static_cast<int64_t>(static_cast<uint64_t>(high - low) << 32 | (n - 1)));
-  const auto rank_of = [&](int32_t i, uint32_t key) {
-    return (static_cast<uint64_t>(key - low) << 32 | static_cast<uint32_t>(n - 1 - i)) << shift;
+  low = __reduce_min_sync(~0u, lane < warps ? s.low[lane] : ~0u);
+  high = __reduce_max_sync(~0u, lane < warps ? s.high[lane] : 0);
+  const int32_t shift = high == low ? 0 : __clz(high - low);
+
+  // Calls f(page, digits) for the pages of a warp's stretch, by whole warps.
+  const int32_t stretch = ceil_div(n, warps * kStep) * kStep, begin = warp * stretch, end = min(n, begin + stretch);
+  const auto for_each = [&](auto f) {
+#pragma unroll 1
+    for (int32_t i = begin + SelectKeys<kStaged>::kAtOnce * lane; i - SelectKeys<kStaged>::kAtOnce * lane < end;
+         i += kStep) {
+      const uint4 key = keys.load(min(i, (n - 1) & ~3));
+      f(i, uint4{(key.x - low) << shift, (key.y - low) << shift, (key.z - low) << shift, (key.w - low) << shift});
+    }
   };
 
-  // Invariant: the k-th best is the `wanted`-th best of the `in_prefix` ranks whose first `known` bits are `prefix`.
-  uint64_t prefix = 0;
-  uint32_t known = 0, wanted = k, in_prefix = n;
-  const auto in = [&](uint64_t rank) { return known == 0 || rank >> (64 - known) == prefix; };
-  for (int32_t pass = 0; in_prefix > 32; ++pass) {
+  // Invariant: the k-th best is the `wanted`-th best of the `in_prefix` pages whose digits begin with `prefix`.
+  uint32_t prefix = 0, known = 0, wanted = k, in_prefix = n;
+  const auto in = [&](uint32_t digits) { return known == 0 || digits >> (32 - known) == prefix; };
+#pragma unroll 1
+  for (int32_t pass = 0; in_prefix > 32 && known < 32; ++pass) {
     uint32_t* const histogram = s.histogram[pass % 2];
-    for_each([&](int32_t i, uint32_t key, bool there) {
-      const uint64_t rank = rank_of(i, key);
-      if (there && in(rank)) atomicAdd(&histogram[rank << known >> 56], 1);
+    for_each([&](int32_t i, uint4 digits) {
+      const auto count = [&](int32_t page, uint32_t d) {
+        if (page < n && in(d)) atomicAdd(&histogram[d << known >> 24], 1);
+      };
+      count(i, digits.x), count(i + 1, digits.y), count(i + 2, digits.z), count(i + 3, digits.w);
     });
     __syncthreads();
-    if (warp == 0) {
-      find_bin(s, histogram, wanted);
-    } else {
-      for (int32_t i = threadIdx.x - 32; i < 256; i += blockDim.x - 32) s.histogram[(pass + 1) % 2][i] = 0;
-    }
+    if (warp == 0) find_bin(s, histogram, wanted);
+    for (int32_t i = threadIdx.x; i < 256; i += blockDim.x) s.histogram[(pass + 1) % 2][i] = 0;
     __syncthreads();
     prefix = prefix << 8 | s.bin;
     wanted -= s.above;
@@ -111,48 +132,89 @@ __device__ inline void select_best(SelectScratch& s, const float* scores, int32_
     known += 8;
   }
 
-  for_each([&](int32_t i, uint32_t key, bool there) {
-    const uint64_t rank = rank_of(i, key);
-    if (there && in(rank)) s.candidates[atomicAdd(&s.num_candidates, 1)] = rank;
-  });
-  __syncthreads();
-  const uint64_t mine = lane < in_prefix ? s.candidates[lane] : 0;
-  uint32_t better = 0;
-  for (uint32_t i = 0; i < in_prefix; ++i) better += s.candidates[i] > mine;
-  const uint32_t found = __ballot_sync(~0u, lane < in_prefix && better == wanted - 1);
-  const uint64_t pivot = __shfl_sync(~0u, mine, __ffs(found) - 1);
+  // The last page taken: its digits, and its place where others have the same. Each warp also counts what it takes.
+  uint32_t last_digits = prefix, last_page = 0, above = 0, own = 0;
+  if (in_prefix <= 32) {
+    const uint32_t after = known == 0 ? ~0u : known == 32 ? prefix : prefix << (32 - known) | ~0u >> known;
+    for_each([&](int32_t i, uint4 digits) {
+      const auto gather = [&](int32_t page, uint32_t d) {
+        if (page >= n) return;
+        if (in(d)) s.candidates[atomicAdd(&s.num_candidates, 1)] = {d, static_cast<uint32_t>(page)};
+        above += d > after;
+      };
+      gather(i, digits.x), gather(i + 1, digits.y), gather(i + 2, digits.z), gather(i + 3, digits.w);
+    });
+    __syncthreads();
+    const uint2 mine = s.candidates[lane];
+    uint32_t better = 0;
+#pragma unroll 4
+    for (uint32_t i = 0; i < in_prefix; ++i) {
+      const uint2 other = s.candidates[i];
+      better += other.x > mine.x || (other.x == mine.x && other.y < mine.y);
+    }
+    const bool taken = lane < in_prefix && better < wanted;
+    const uint32_t last = __ffs(__ballot_sync(~0u, taken && better == wanted - 1)) - 1;
+    last_digits = __shfl_sync(~0u, mine.x, last);
+    last_page = __shfl_sync(~0u, mine.y, last);
+    above += taken && static_cast<int32_t>(mine.y) >= begin && static_cast<int32_t>(mine.y) < end;
+  } else {
+    // More than 32 equal scores: the `wanted`-th of them in page order.
+    uint32_t ties = 0;
+    for_each([&](int32_t i, uint4 digits) {
+      const auto count = [&](int32_t page, uint32_t d) {
+        ties += page < n && d == prefix;
+        above += page < n && d > prefix;
+      };
+      count(i, digits.x), count(i + 1, digits.y), count(i + 2, digits.z), count(i + 3, digits.w);
+    });
+    uint32_t before = sum_before(s.low, ties, own);
+    above += lane == 0 ? min(own, wanted - min(before, wanted)) : 0;
+    if (before < wanted && before + own >= wanted) {
+#pragma unroll 1
+      for (int32_t i = begin + lane; i - lane < end; i += 32) {
+        const uint32_t lanes = __ballot_sync(~0u, i < end && (keys.make(i) - low) << shift == prefix);
+        const uint32_t upto = __popc(lanes & (~0u >> (31 - lane)));
+        if (before + upto == wanted && (lanes >> lane & 1)) s.bin = i;
+        before += __popc(lanes);
+      }
+    }
+    __syncthreads();
+    last_page = s.bin;
+  }
 
-  // Each warp counts what it takes, then learns from the warps before it where its own pages begin.
-  uint32_t taken = 0;
-  for_each([&](int32_t i, uint32_t key, bool there) { taken += there && rank_of(i, key) >= pivot; });
-  taken = __reduce_add_sync(~0u, taken);
-  if (lane == 0) s.low[warp] = taken;
-  __syncthreads();
-  uint32_t at = 0;
-  for (int32_t w = 0; w < warp; ++w) at += s.low[w];
-  for_each([&](int32_t i, uint32_t key, bool there) {
-    const bool take = there && rank_of(i, key) >= pivot;
-    const uint32_t takers = __ballot_sync(~0u, take);
-    if (take) out[at + __popc(takers & ((1u << lane) - 1))] = first_page + i;
-    at += __popc(takers);
+  uint32_t at = sum_before(s.high, above, own);
+  const auto taken = [&](int32_t page, uint32_t d) -> uint32_t {
+    return page < n && (d > last_digits || (d == last_digits && page <= static_cast<int32_t>(last_page)));
+  };
+  for_each([&](int32_t i, uint4 d) {
+    const uint32_t flags = taken(i, d.x) | taken(i + 1, d.y) << 1 | taken(i + 2, d.z) << 2 | taken(i + 3, d.w) << 3;
+    // Where this lane's pages begin among the warp's: counts are at most 4, so three ballots add them up.
+    const uint32_t mine = __popc(flags), below = (1u << lane) - 1;
+    const uint32_t ones = __ballot_sync(~0u, mine & 1), twos = __ballot_sync(~0u, mine & 2);
+    const uint32_t fours = __ballot_sync(~0u, mine & 4);
+    int32_t* to = out + at + __popc(ones & below) + 2 * __popc(twos & below) + 4 * __popc(fours & below);
+    for (uint32_t rest = flags; rest; rest &= rest - 1) *to++ = first_page + i + __ffs(rest) - 1;
+    at += __popc(ones) + 2 * __popc(twos) + 4 * __popc(fours);
   });
 }
 
-// The pages that one KV head of sequence b reads, into `out`; returns how many. The sequence has more pages than
-// p.capacity. As the CPU's select_one: recent pages first, then the head of the sequence, then the best of the rest.
-__device__ inline void select_pages_of(SelectScratch& s, const SelectPagesParams& p, int32_t b, int32_t h,
-                                       int32_t length, int32_t* out) {
-  const int32_t page_size = static_cast<int32_t>(p.page_size), pages = ceil_div(length, page_size);
-  const int32_t capacity = static_cast<int32_t>(p.capacity);
-  const int32_t recent = static_cast<int32_t>(max(static_cast<int64_t>(0), length - p.recent)) / page_size;
-  const int64_t protect = p.protected_lens ? max(static_cast<int64_t>(p.protected_lens[b]), p.sink) : p.sink;
+// The pages that one KV head of sequence b reads, into `out`. The sequence has more pages than p.capacity. `staged`:
+// null, or room for the keys of so many pages. As the CPU's select_one: recent pages first, then the head of the
+// sequence, then the best of the rest.
+template <bool kStaged>
+__device__ void select_pages_of(SelectScratch& s, const SelectPagesParams& p, int32_t b, int32_t h, int32_t length,
+                                uint32_t* staged, int32_t* out) {
+  const PageSize page_size(p.page_size);
+  const int32_t pages = page_size.pages(length), capacity = static_cast<int32_t>(p.capacity);
+  const int32_t recent = page_size.page(max(0, length - static_cast<int32_t>(p.recent)));
+  const int32_t protect = max(p.protected_lens ? p.protected_lens[b] : 0, static_cast<int32_t>(p.sink));
   const int32_t room = capacity - (pages - recent);
-  const int32_t head = static_cast<int32_t>(
-      min(max(static_cast<int64_t>(0), (protect + page_size - 1) / page_size), static_cast<int64_t>(min(recent, room))));
+  const int32_t head = min(min(recent, room), min(pages, page_size.page(protect) + (page_size.slot(protect) != 0)));
   for (int32_t i = threadIdx.x; i < head; i += blockDim.x) out[i] = i;
   for (int32_t i = threadIdx.x; i < pages - recent; i += blockDim.x) out[room + i] = recent + i;
   if (room > head) {
-    select_best(s, p.scores + b * p.stride_b + h * p.stride_h + head, recent - head, room - head, head, out + head);
+    const SelectKeys<kStaged> keys{p.scores + b * p.stride_b + h * p.stride_h + head, staged, recent - head};
+    select_best(s, keys, room - head, head, out + head);
   }
 }
 

@@ -1,7 +1,6 @@
-#include "cuda/sparse_decode.cuh"
-
 #include "api/sparse_decode_step.h"
 #include "cuda/score_pages_launch.h"
+#include "cuda/sparse_decode.cuh"
 
 namespace lil::cuda {
 namespace {
@@ -27,8 +26,10 @@ void sparse_decode(const SparseDecodeParams& p, const Tensor& on) { attend(p, {}
 // Two launches: append and score, then select and attend.
 void sparse_decode_step(const SparseDecodeStepParams& p, const Tensor& on) {
   append_and_score(p.append, p.score, on);
-  constexpr int64_t kMaxSelected = 4096;  // pages of a list that shared memory holds beside all else
-  if (p.select.capacity <= kMaxSelected) return attend(p.attend, p.select, on);
+  // Shared memory holds the list of pages and the keys of all beside the rest; where they are more, a launch more costs
+  // little beside the reading.
+  constexpr int64_t kMaxListed = 2048, kMaxScored = 16384;
+  if (p.select.capacity <= kMaxListed && p.select.max_pages <= kMaxScored) return attend(p.attend, p.select, on);
   SelectPagesParams select = p.select;
   const auto [pages, counts] = select_pages_outputs(select, on);
   select_pages(select, on);

@@ -11,8 +11,6 @@
 #include <cooperative_groups.h>
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 
 #include "cuda/backend.h"
 #include "cuda/instances.h"
@@ -23,57 +21,61 @@ namespace lil::cuda {
 
 constexpr int kTile = 16;       // tokens a warp takes at a time
 constexpr int kTileHeads = 8;   // query heads of one product
-constexpr int kSplitTiles = 8;   // a split of a short list
-constexpr int kMaxCluster = 8;   // splits that one cluster holds on every device that has clusters
-constexpr int kLongTiles = 32;   // a split of a list so long that it takes more
+constexpr int kSplitTiles = 8;  // a split of a short list
+constexpr int kMaxCluster = 8;  // splits that one cluster holds on every device that has clusters
+constexpr int kLongTiles = 32;  // a split of a list so long that it takes more
 constexpr float kLog2E = 1.44269504088896340736f;
 
-// Where two half tiles of 8 tokens lie (a page has at least 8) and which of their tokens take part.
+// Where the two halves of a tile lie, 8 tokens each (a page has at least 8), and which of the 16 take part.
 struct TilePlace {
-  int64_t k[2], v[2];    // elements from the buffers' start to the half's first row
-  int32_t low[2], high[2];  // valid tokens of the half: low <= t < high
+  int64_t k[2], v[2];  // elements from the buffers' start to the half's first row
+  uint32_t tokens;     // bit t: token t
 
-  __device__ bool valid(int half, int32_t t) const { return t >= low[half] && t < high[half]; }
+  __device__ bool valid(int half, int32_t t) const { return tokens >> (8 * half + t) & 1; }
 };
 
 // One (sequence, KV head): its list of pages, and the tiles it makes.
 struct PageList {
-  const int32_t* pages;  // null: every page in order
+  const int32_t* pages;                  // null: every page in order
   int32_t b, h, entries, length, start;  // tokens [start, length) may be read
 
-  __device__ int32_t tiles(const SparseDecodeParams& p) const {
-    return static_cast<int32_t>((static_cast<int64_t>(entries) * p.cache.page_size + kTile - 1) / kTile);
+  __device__ int32_t tiles(PageSize page_size) const {
+    return static_cast<int32_t>(((static_cast<int64_t>(entries) << page_size.shift) + kTile - 1) / kTile);
   }
 
-  __device__ TilePlace place(const SparseDecodeParams& p, int32_t tile, ErrorWord* errors) const {
-    const int32_t page_size = static_cast<int32_t>(p.cache.page_size);
+  // Half a tile: `slot` is its first token in the page that the list's entry names.
+  __device__ void place_half(const SparseDecodeParams& p, PageSize page_size, int half, int32_t page, int32_t physical,
+                             int32_t slot, TilePlace& place) const {
+    if (physical < 0) return;
+    const auto offset = [&](const PagedBuffer& buffer) {
+      return physical * buffer.stride_page + h * buffer.stride_head + slot * buffer.stride_token;
+    };
+    const int32_t position = page_size.first(page) + slot;
+    const int32_t low = min(8, max(0, start - position)), high = max(0, min(8, length - position));
+    place.k[half] = offset(p.cache.k);
+    place.v[half] = offset(p.cache.v);
+    place.tokens |= (((1u << high) - 1) & ~((1u << low) - 1)) << (8 * half);
+  }
+
+  __device__ TilePlace place(const SparseDecodeParams& p, PageSize page_size, int32_t tile, Finding& finding) const {
     TilePlace place{};
-    int32_t last_entry = -1, physical = -1, page = -1;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t token = static_cast<int64_t>(tile) * kTile + 8 * half;  // counted along the list
-      const int32_t entry = static_cast<int32_t>(token / page_size), slot = static_cast<int32_t>(token % page_size);
-      if (entry >= entries) continue;
-      if (entry != last_entry) {
-        last_entry = entry;
-        page = pages ? pages[entry] : entry;
-        physical = -1;
-        if (page < -1 || page * static_cast<int64_t>(page_size) >= length) {
-          report(errors, Op::kSparseDecode, Wrong::kPages, b, page, ceil_div(length, page_size) - 1);
-        } else if (page >= 0) {
-          physical = checked_page(Op::kSparseDecode, p.table, b, h, page, p.cache.num_pages, errors);
-        }
-      }
-      if (physical < 0) continue;
-      const auto offset = [&](const PagedBuffer& buffer) {
-        return physical * buffer.stride_page + h * buffer.stride_head + slot * buffer.stride_token;
-      };
-      const int32_t position = page * page_size + slot;
-      place.k[half] = offset(p.cache.k);
-      place.v[half] = offset(p.cache.v);
-      place.low[half] = max(0, start - position);
-      place.high[half] = min(8, length - position);
+    const auto look_up = [&](int32_t entry, int32_t& page) {
+      if (entry >= entries) return -1;
+      page = pages ? pages[entry] : entry;
+      const int32_t most = page_size.pages(length) - 1;
+      finding.note(page < -1 || page > most, Wrong::kPages, page, most);
+      return page < 0 || page > most ? -1 : checked_page(finding, p.table, b, h, page, p.cache.num_pages);
+    };
+    const int32_t token = tile * kTile;  // counted along the list
+    int32_t page = -1, slot = page_size.slot(token);
+    int32_t physical = look_up(page_size.page(token), page);
+    place_half(p, page_size, 0, page, physical, slot, place);
+    slot += 8;
+    if (page_size.shift == 3) {
+      physical = look_up(page_size.page(token + 8), page);
+      slot = 0;
     }
+    place_half(p, page_size, 1, page, physical, slot, place);
     return place;
   }
 };
@@ -85,6 +87,8 @@ struct PageList {
 template <class T>
 struct FmaEngine {
   static constexpr int kHeads = kTileHeads, kMaxHeadDim = 256, kColumns = kMaxHeadDim / 32;
+  __device__ static int32_t head_dim_of(const SparseDecodeParams& p) { return static_cast<int32_t>(p.cache.head_dim); }
+  __device__ static DType out_dtype(const SparseDecodeParams& p) { return p.q_dtype; }
   static constexpr size_t kQueryBytes = kHeads * kMaxHeadDim * sizeof(float);
 
   const float* query;  // [kHeads][head_dim]
@@ -96,13 +100,13 @@ struct FmaEngine {
 
   __device__ static void stage_queries(const SparseDecodeParams& p, int32_t b, int32_t h, int32_t first_head,
                                        void* shared) {
-    const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim);
+    const int32_t head_dim = head_dim_of(p);
+#pragma unroll 1
     for (int32_t i = threadIdx.x; i < kHeads * head_dim; i += blockDim.x) {
       const int32_t g = first_head + i / head_dim;
       static_cast<float*>(shared)[i] =
-          g < p.group
-              ? load_float(p.q, p.q_dtype, b * p.q_stride_b + (h * p.group + g) * p.q_stride_h + i % head_dim)
-              : 0;
+          g < p.group ? load_float(p.q, p.q_dtype, b * p.q_stride_b + (h * p.group + g) * p.q_stride_h + i % head_dim)
+                      : 0;
     }
   }
 
@@ -181,49 +185,55 @@ struct FmaEngine {
   }
 };
 
-// Partial results of some warps or splits: for each head the maximum (of logits times log2 e), the sum of weights
-// relative to it, and the weighted sum of values.
-struct Partial {
-  float *max, *sum, *acc;  // [heads], [heads], [heads][head_dim]
-};
-
+// Four elements of a head over `count` partial results, in order. For each result and head: the maximum (of logits
+// times log2 e), the sum of weights relative to it, and the weighted sum of values; max(i), sum(i) and acc(i) read the
+// i-th. Eight are read at a time, before any is used: their latencies overlap.
 struct Merged {
-  float max, sum, acc;
+  float max, sum;
+  float4 acc;
 };
 
-// One element over `count` partial results, in order; max(i), sum(i) and acc(i) read the i-th. Eight are read at a time,
-// before any is used: their latencies overlap.
 template <class Max, class Sum, class Acc>
 __device__ inline Merged merge(int32_t count, Max max, Sum sum, Acc acc) {
   constexpr int32_t kAtOnce = 8;
-  Merged all{-INFINITY, 0, 0};
+  Merged all{-INFINITY, 0, {0, 0, 0, 0}};
+#pragma unroll 1
   for (int32_t first = 0; first < count; first += kAtOnce) {
-    float part_max[kAtOnce], part_sum[kAtOnce], part_acc[kAtOnce];
+    float part_max[kAtOnce], part_sum[kAtOnce];
+    float4 part_acc[kAtOnce];
 #pragma unroll
     for (int32_t i = 0; i < kAtOnce; ++i) {
       const bool there = first + i < count;
       part_max[i] = there ? max(first + i) : -INFINITY;
       part_sum[i] = there ? sum(first + i) : 0;
-      part_acc[i] = there ? acc(first + i) : 0;
+      part_acc[i] = there ? acc(first + i) : float4{0, 0, 0, 0};
     }
     float high = all.max;
 #pragma unroll
     for (int32_t i = 0; i < kAtOnce; ++i) high = fmaxf(high, part_max[i]);
     const float base = high == -INFINITY ? 0 : high;  // nothing read: the weights are 0 all the same
-    const float decay = exp2f(all.max - base);
-    all = {high, all.sum * decay, all.acc * decay};
+    float weight = exp2_approx(all.max - base);
+    all = {high, all.sum * weight, {all.acc.x * weight, all.acc.y * weight, all.acc.z * weight, all.acc.w * weight}};
 #pragma unroll
     for (int32_t i = 0; i < kAtOnce; ++i) {
-      const float weight = exp2f(part_max[i] - base);
+      weight = exp2_approx(part_max[i] - base);
       all.sum = fmaf(part_sum[i], weight, all.sum);
-      all.acc = fmaf(part_acc[i], weight, all.acc);
+      all.acc.x = fmaf(part_acc[i].x, weight, all.acc.x);
+      all.acc.y = fmaf(part_acc[i].y, weight, all.acc.y);
+      all.acc.z = fmaf(part_acc[i].z, weight, all.acc.z);
+      all.acc.w = fmaf(part_acc[i].w, weight, all.acc.w);
     }
   }
   return all;
 }
 
-__device__ inline void write_result(const SparseDecodeParams& p, int64_t head, int32_t d, const Merged& all) {
-  store_float(all.sum == 0 ? 0 : all.acc / all.sum, p.out, p.q_dtype, head * p.cache.head_dim + d);
+// Elements d to d + 3 of one head.
+__device__ inline void write_result(const SparseDecodeParams& p, DType dtype, int64_t head, int32_t d,
+                                    const Merged& all) {
+  const float scale = 1 / all.sum;
+  float4 out{all.acc.x * scale, all.acc.y * scale, all.acc.z * scale, all.acc.w * scale};
+  if (all.sum == 0) out = {0, 0, 0, 0};  // nothing weighs anything, not even NaN
+  store_floats(out, p.out, dtype, head * p.cache.head_dim + d);
   if (d == 0) p.lse[head] = all.sum == 0 ? -INFINITY : all.max / kLog2E + logf(all.sum);
 }
 
@@ -244,14 +254,15 @@ struct SplitPlan {
   }
 };
 
-// Without clusters: [batch][kv_heads][head_blocks][splits] partial results.
-struct Scratch {
-  float* data;
-  int32_t splits;
+// Partial results of some blocks or warps of one head block: maxima [count][heads], sums [count][heads], elements
+// [count][heads][head_dim].
+struct Partials {
+  float *max, *sum, *acc;
 
-  __device__ Partial at(int64_t which, int32_t heads, int32_t head_dim) const {
-    float* const max = data + which * heads * (head_dim + 2);
-    return {max, max + heads, max + 2 * heads};
+  __device__ Partials(float* data, int32_t count, int32_t heads)
+      : max(data), sum(data + count * heads), acc(data + 2 * count * heads) {}
+  __host__ __device__ static int64_t size(int32_t count, int32_t heads, int32_t head_dim) {
+    return static_cast<int64_t>(count) * heads * (head_dim + 2);
   }
 };
 
@@ -262,200 +273,219 @@ __device__ inline void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
+__device__ inline void cluster_arrive_release() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
 __device__ inline void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
-template <class Engine>
+// Writes to the place in block `rank`'s shared memory that `here` is in this block's.
+template <class V>
+__device__ inline void remote_store(V* here, int32_t rank, V value) {
+#if __CUDA_ARCH__ >= 900
+  *cooperative_groups::this_cluster().map_shared_rank(here, rank) = value;
+#endif
+}
+__device__ inline void remote_store(float* here, int32_t rank, float4 value) {
+  remote_store(reinterpret_cast<float4*>(here), rank, value);
+}
+
+// kSelects: the list of pages is chosen here, from select.scores. scratch: null, or room for the partial results of
+// every split, which sparse_decode_merge then merges.
+template <class Engine, bool kSelects>
 __global__ void __launch_bounds__(256, 1)
     sparse_decode_kernel(const __grid_constant__ SparseDecodeParams p, const __grid_constant__ SelectPagesParams select,
-                         const SplitPlan plan, const Scratch scratch, ErrorWord* errors) {
+                         const SplitPlan plan, float* const scratch, ErrorWord* errors) {
   constexpr int kHeads = Engine::kHeads, kBlocks = kHeads / kTileHeads;
   extern __shared__ uint4 shared[];
-  const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim), kv_heads = static_cast<int32_t>(p.cache.kv_heads);
-  const int32_t split = blockIdx.x, h = blockIdx.y / plan.head_blocks, b = blockIdx.z;
-  const int32_t first_head = blockIdx.y % plan.head_blocks * kHeads;
+  const int32_t head_dim = Engine::head_dim_of(p), warps = blockDim.x / 32, splits = gridDim.x;
+  const int32_t split = blockIdx.x, h = plan.head_blocks == 1 ? blockIdx.y : blockIdx.y / plan.head_blocks;
+  const int32_t first_head = (blockIdx.y - h * plan.head_blocks) * kHeads, b = blockIdx.z;
   const int32_t warp = threadIdx.x / 32, n = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
   int32_t* const selected = reinterpret_cast<int32_t*>(reinterpret_cast<char*>(shared) + Engine::kQueryBytes);
-  float* const partials = reinterpret_cast<float*>(selected + (select.scores ? plan.list_words(select) : 0));
-  // Partial results of the warps, then of the block.
-  const auto partial = [&](int32_t i) {
-    float* const max = partials + i * kHeads * (head_dim + 2);
-    return Partial{max, max + kHeads, max + 2 * kHeads};
-  };
-  const bool in_cluster = gridDim.x > 1 && scratch.data == nullptr;
+  float* const parts = reinterpret_cast<float*>(selected + (kSelects ? plan.list_words(select) : 0));
+  const bool in_cluster = splits > 1 && scratch == nullptr;
   if (in_cluster) cluster_arrive();
+  // Whoever scored has waited for what came before it, so the queries may be read before its scores are there.
+  if (kSelects) Engine::stage_queries(p, b, h, first_head, shared);
   wait_for_previous();
   let_next_start();
 
+  Finding finding;
+  const PageSize page_size(p.cache.page_size);
   PageList list{p.pages ? p.pages + b * p.pages_stride_b + h * p.pages_stride_h : nullptr, b, h};
-  list.length = checked_length(Op::kSparseDecode, p.seq_lens, b, p.table.max_pages * p.cache.page_size, errors);
+  list.length = checked_length(finding, p.seq_lens, b, p.table.max_pages << page_size.shift);
   list.start = p.window > 0 && p.window < list.length ? list.length - static_cast<int32_t>(p.window) : 0;
-  if (select.scores) {
+  list.entries = page_size.pages(list.length);
+  if constexpr (kSelects) {
     // Every block of the head selects for itself: cheaper than a launch, or than telling each other.
     __shared__ SelectScratch select_scratch;
-    list.entries = ceil_div(list.length, static_cast<int32_t>(p.cache.page_size));
     if (list.entries > select.capacity) {
-      select_pages_of(select_scratch, select, b, h, list.length, selected);
+      select_pages_of<true>(select_scratch, select, b, h, list.length, reinterpret_cast<uint32_t*>(parts), selected);
       list.entries = static_cast<int32_t>(select.capacity);
       list.pages = selected;
       __syncthreads();
     }
-  } else if (!p.selected) {
-    list.entries = ceil_div(list.length, static_cast<int32_t>(p.cache.page_size));
-  } else {
-    list.entries = p.counts ? p.counts[b * kv_heads + h] : static_cast<int32_t>(p.capacity);
-    if (list.entries < 0 || list.entries > p.capacity) {
-      report(errors, Op::kSparseDecode, Wrong::kCounts, b, list.entries, p.capacity);
-      list.entries = 0;
-    }
+  } else if (p.selected) {
+    list.entries = p.counts ? p.counts[b * p.cache.kv_heads + h] : static_cast<int32_t>(p.capacity);
+    const bool bad = list.entries < 0 || list.entries > p.capacity;
+    finding.note(bad, Wrong::kCounts, list.entries, p.capacity);
+    if (bad) list.entries = 0;
   }
-  const int32_t tiles = list.tiles(p), per_split = ceil_div(tiles, plan.splits(tiles));
-  const int32_t end = min(tiles, (split + 1) * per_split), warps = plan.warps;
+  const int32_t tiles = list.tiles(page_size), per_split = ceil_div(tiles, plan.splits(tiles));
+  const int32_t end = min(tiles, (split + 1) * per_split);
 
-  // The first tile's rows are on their way while the queries are staged.
+  // Each turn places a tile and asks for its keys, and computes with the tile of the turn before. So the first rows are
+  // on their way while the queries are staged, and a tile's values while its logits are computed.
   Engine engine(p, shared);
-  int32_t tile = split * per_split + warp;
-  TilePlace place{};
-  if (tile < end) {
-    place = list.place(p, tile, errors);
-    engine.load_k(p, place);
-  }
-  Engine::stage_queries(p, b, h, first_head, shared);
-  __syncthreads();
   float max[kBlocks][2], sum[kBlocks][2];
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
     max[block][0] = max[block][1] = -INFINITY;
     sum[block][0] = sum[block][1] = 0;
   }
-  if (tile < end) {
-    while (true) {
-      engine.load_v(p, place);
-      const int32_t next_tile = tile + warps;
-      TilePlace next{};
-      if (next_tile < end) next = list.place(p, next_tile, errors);
-      float s[kBlocks][4], decay[kBlocks][2];
-      engine.logits(s);
-      if (next_tile < end) engine.load_k(p, next);
+  TilePlace place{};
+  bool placed = false;
+#pragma unroll 1
+  for (int32_t tile = split * per_split + warp;; tile += warps) {
+    const bool more = tile < end;
+    TilePlace next{};
+    if (placed) engine.load_v(p, place);
+    if (more) next = list.place(p, page_size, tile, finding);
+    float s[kBlocks][4], decay[kBlocks][2];
+    if (placed) engine.logits(s);
+    if (more) engine.load_k(p, next);
+    if (placed) {
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
+        if (p.softcap > 0) {
+          for (float& logit : s[block]) logit = p.softcap * tanhf(logit * p.scale / p.softcap) / p.scale;
+        }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          float logit = s[block][i] * p.scale;
-          if (p.softcap > 0) logit = p.softcap * tanhf(logit / p.softcap);
-          s[block][i] = place.valid(i / 2, n) ? logit * kLog2E : -INFINITY;
+          s[block][i] = place.valid(i / 2, n) ? s[block][i] * p.scale * kLog2E : -INFINITY;
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float high = fmaxf(s[block][i], s[block][2 + i]);
+#pragma unroll
           for (int32_t step = 4; step < 32; step *= 2) high = fmaxf(high, __shfl_xor_sync(~0u, high, step));
           high = fmaxf(high, max[block][i]);
           // Nothing read yet: any finite number does, for the weights are 0.
           const float base = high == -INFINITY ? 0 : high;
-          decay[block][i] = exp2f(max[block][i] - base);
-          s[block][i] = exp2f(s[block][i] - base);
-          s[block][2 + i] = exp2f(s[block][2 + i] - base);
+          decay[block][i] = exp2_approx(max[block][i] - base);
+          s[block][i] = exp2_approx(s[block][i] - base);
+          s[block][2 + i] = exp2_approx(s[block][2 + i] - base);
           sum[block][i] = sum[block][i] * decay[block][i] + s[block][i] + s[block][2 + i];
           max[block][i] = high;
         }
       }
       engine.weigh(s, decay);
-      if (next_tile >= end) break;
-      tile = next_tile;
-      place = next;
+    } else if (!kSelects) {
+      Engine::stage_queries(p, b, h, first_head, shared);
+      __syncthreads();
     }
+    if (!more) break;
+    place = next;
+    placed = true;
   }
+  finding.report(errors, Op::kSparseDecode, b);
 
-  const Partial mine = partial(warp);
+  // Warps leave their results, in place of the keys that the selection staged there.
+  const Partials of_warp(parts, warps, kHeads);
+  if (kSelects) __syncthreads();
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+#pragma unroll
       for (int32_t step = 4; step < 32; step *= 2) sum[block][i] += __shfl_xor_sync(~0u, sum[block][i], step);
       if (n == 0) {
-        mine.max[block * kTileHeads + 2 * c + i] = max[block][i];
-        mine.sum[block * kTileHeads + 2 * c + i] = sum[block][i];
+        of_warp.max[warp * kHeads + block * kTileHeads + 2 * c + i] = max[block][i];
+        of_warp.sum[warp * kHeads + block * kTileHeads + 2 * c + i] = sum[block][i];
       }
     }
   }
-  engine.store(mine.acc);
+  engine.store(of_warp.acc + warp * kHeads * head_dim);
   __syncthreads();
 
-  const int32_t heads = min(kHeads, static_cast<int32_t>(p.group) - first_head), elements = heads * head_dim;
-  const int64_t first_row = (static_cast<int64_t>(b) * kv_heads + h) * p.group + first_head;
-  const auto merge_warps = [&](int32_t i) {
-    const int32_t g = i / head_dim;
-    return merge(
-        warps, [&](int32_t w) { return partial(w).max[g]; }, [&](int32_t w) { return partial(w).sum[g]; },
-        [&](int32_t w) { return partial(w).acc[i]; });
-  };
-  if (gridDim.x == 1) {
-    for (int32_t i = threadIdx.x; i < elements; i += blockDim.x) {
-      write_result(p, first_row + i / head_dim, i % head_dim, merge_warps(i));
-    }
-    return;
-  }
-  if (scratch.data) {
-    const int64_t which = (static_cast<int64_t>(b) * gridDim.y + blockIdx.y) * gridDim.x + split;
-    const Partial block = scratch.at(which, kHeads, head_dim);
-    for (int32_t i = threadIdx.x; i < elements; i += blockDim.x) {
-      const Merged all = merge_warps(i);
-      block.acc[i] = all.acc;
-      if (i % head_dim == 0) block.max[i / head_dim] = all.max, block.sum[i / head_dim] = all.sum;
-    }
-    return;
-  }
-#if __CUDA_ARCH__ >= 900
-  // Every block owns a share of the elements. The others send it theirs, so that after one barrier all is at hand and
-  // nobody needs another's memory any more.
-  const auto cluster = cooperative_groups::this_cluster();
-  const int32_t splits = gridDim.x, share = ceil_div(elements, splits);
-  float* const inbox = partial(warps).max;  // [splits][heads] maxima, then sums, then [splits][share] elements
-  float *const inbox_sum = inbox + splits * kHeads, *const inbox_acc = inbox_sum + splits * kHeads;
-  cluster_wait();
-  for (int32_t i = threadIdx.x; i < elements; i += blockDim.x) {
-    const Merged all = merge_warps(i);
-    const int32_t owner = i / share;
-    cluster.map_shared_rank(inbox_acc, owner)[split * share + i - owner * share] = all.acc;
-    if (i % head_dim == 0) {
-      for (int32_t other = 0; other < splits; ++other) {
-        cluster.map_shared_rank(inbox, other)[split * kHeads + i / head_dim] = all.max;
-        cluster.map_shared_rank(inbox_sum, other)[split * kHeads + i / head_dim] = all.sum;
+  const int32_t heads = min(kHeads, static_cast<int32_t>(p.group) - first_head), vectors = heads * head_dim / 4;
+  const int64_t first_row = (b * p.cache.kv_heads + h) * p.group + first_head;
+  // Every block of a cluster owns a share of the elements. The others send it theirs, so that after one barrier all is
+  // at hand and nobody needs another's memory any more.
+  const int32_t share = ceil_div(vectors, splits);
+  float* const inbox_data = parts + Partials::size(warps, kHeads, head_dim);
+  const int64_t head_block = static_cast<int64_t>(b) * gridDim.y + blockIdx.y;
+  const Partials inbox(scratch ? scratch + head_block * Partials::size(splits, kHeads, head_dim) : inbox_data, splits,
+                       kHeads);
+  if (in_cluster) cluster_wait();
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
+    const int32_t g = 4 * i / head_dim, d = 4 * i - g * head_dim;
+    const Merged all = merge(
+        warps, [&](int32_t w) { return of_warp.max[w * kHeads + g]; },
+        [&](int32_t w) { return of_warp.sum[w * kHeads + g]; },
+        [&](int32_t w) { return reinterpret_cast<const float4*>(of_warp.acc + w * kHeads * head_dim)[i]; });
+    if (splits == 1) {
+      write_result(p, Engine::out_dtype(p), first_row + g, d, all);
+    } else if (scratch) {
+      reinterpret_cast<float4*>(inbox.acc + split * kHeads * head_dim)[i] = all.acc;
+      if (d == 0) inbox.max[split * kHeads + g] = all.max, inbox.sum[split * kHeads + g] = all.sum;
+    } else {
+      const int32_t owner = i / share;
+      remote_store(inbox.acc + 4 * (split * share + i - owner * share), owner, all.acc);
+      if (d == 0) {
+#pragma unroll 1
+        for (int32_t other = 0; other < splits; ++other) {
+          remote_store(inbox.max + split * kHeads + g, other, all.max);
+          remote_store(inbox.sum + split * kHeads + g, other, all.sum);
+        }
       }
     }
   }
-  cluster.sync();
-  for (int32_t i = threadIdx.x; i < min(share, elements - split * share); i += blockDim.x) {
-    const int32_t g = (split * share + i) / head_dim;
+  if (!in_cluster) return;
+  cluster_arrive_release();
+  cluster_wait();
+  const int32_t i = split * share + threadIdx.x;
+  if (threadIdx.x < share && i < vectors) {
+    const int32_t g = 4 * i / head_dim;
     const Merged all = merge(
-        splits, [&](int32_t s) { return inbox[s * kHeads + g]; }, [&](int32_t s) { return inbox_sum[s * kHeads + g]; },
-        [&](int32_t s) { return inbox_acc[s * share + i]; });
-    write_result(p, first_row + g, (split * share + i) % head_dim, all);
+        splits, [&](int32_t s) { return inbox.max[s * kHeads + g]; },
+        [&](int32_t s) { return inbox.sum[s * kHeads + g]; },
+        [&](int32_t s) { return reinterpret_cast<const float4*>(inbox.acc)[s * share + threadIdx.x]; });
+    write_result(p, Engine::out_dtype(p), first_row + g, 4 * i - g * head_dim, all);
   }
-#endif
 }
 
-// Merges the splits where they could not be a cluster. Grid: [kv_heads * head_blocks, batch].
+// Merges the splits that were not a cluster. Grid: [kv_heads * head_blocks, batch].
 template <int Heads>
-__global__ void sparse_decode_merge(const __grid_constant__ SparseDecodeParams p, const SplitPlan plan,
-                                    const Scratch scratch) {
-  const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim);
-  const int32_t h = blockIdx.x / plan.head_blocks, first_head = blockIdx.x % plan.head_blocks * Heads, b = blockIdx.y;
+__global__ void sparse_decode_merge(const __grid_constant__ SparseDecodeParams p, const SplitPlan plan, float* scratch,
+                                    int32_t splits) {
+  const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim), b = blockIdx.y;
+  const int32_t h = blockIdx.x / plan.head_blocks, first_head = blockIdx.x % plan.head_blocks * Heads;
   const int32_t heads = min(Heads, static_cast<int32_t>(p.group) - first_head);
-  const int64_t first = (static_cast<int64_t>(b) * gridDim.x + blockIdx.x) * scratch.splits;
+  const int64_t head_block = static_cast<int64_t>(b) * gridDim.x + blockIdx.x;
+  const Partials parts(scratch + head_block * Partials::size(splits, Heads, head_dim), splits, Heads);
   wait_for_previous();
-  for (int32_t i = threadIdx.x; i < heads * head_dim; i += blockDim.x) {
-    const int32_t g = i / head_dim;
-    const auto part = [&](int32_t split) { return scratch.at(first + split, Heads, head_dim); };
+  let_next_start();
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < heads * head_dim / 4; i += blockDim.x) {
+    const int32_t g = 4 * i / head_dim;
     const Merged all = merge(
-        scratch.splits, [&](int32_t s) { return part(s).max[g]; }, [&](int32_t s) { return part(s).sum[g]; },
-        [&](int32_t s) { return part(s).acc[i]; });
-    write_result(p, (static_cast<int64_t>(b) * p.cache.kv_heads + h) * p.group + first_head + g, i % head_dim, all);
+        splits, [&](int32_t s) { return parts.max[s * Heads + g]; },
+        [&](int32_t s) { return parts.sum[s * Heads + g]; },
+        [&](int32_t s) { return reinterpret_cast<const float4*>(parts.acc + s * Heads * head_dim)[i]; });
+    write_result(p, p.q_dtype, (b * p.cache.kv_heads + h) * p.group + first_head + g, 4 * i - g * head_dim, all);
   }
 }
+
+// Words that the keys of a selection take in shared memory.
+inline size_t select_key_words(const SelectPagesParams& select) { return (select.max_pages + 3) / 4 * 4; }
 
 // select.scores is null where the list of pages is given, or is all of them.
 template <class Engine>
@@ -464,37 +494,36 @@ void launch_sparse_decode(const SparseDecodeParams& p, const SelectPagesParams& 
   SplitPlan plan{};
   plan.head_blocks = static_cast<int32_t>((p.group + Engine::kHeads - 1) / Engine::kHeads);
   const int64_t rows = p.batch * p.cache.kv_heads * plan.head_blocks, sms = current_device().sms;
-  // A few heads alone take all the warps an SM can hold; otherwise two blocks of four warps share it.
-  plan.warps = rows * kMaxCluster <= sms ? 8 : 4;
+  // Few heads take all the warps an SM can hold; many run two blocks of four warps on it.
+  plan.warps = 2 * rows <= sms ? 8 : 4;
   plan.max_splits = static_cast<int32_t>(std::max<int64_t>(1, (plan.warps == 8 ? sms : 2 * sms) / rows));
-  if (const char* e = std::getenv("LIL_TUNE")) {
-    int w = 0, c = 0, per = 0;
-    std::sscanf(e, "%d,%d,%d", &w, &c, &per);
-    if (w) plan.warps = w;
-    if (per) plan.max_splits = static_cast<int32_t>(std::max<int64_t>(1, per * sms / rows));
-    if (c) plan.max_splits = std::min(plan.max_splits, c);
-  }
   const int64_t pages = select.scores ? select.capacity : p.selected ? p.capacity : p.table.max_pages;
   const int64_t tiles = (pages * p.cache.page_size + kTile - 1) / kTile;
   const int32_t splits = plan.splits(static_cast<int32_t>(std::min<int64_t>(tiles, INT32_MAX)));
 
-  const size_t partial = Engine::kHeads * (p.cache.head_dim + 2) * sizeof(float);
   const bool cluster = splits > 1 && splits <= kMaxCluster && current_device().major >= 9;
-  const size_t inbox = (2 * splits * Engine::kHeads + Engine::kHeads * p.cache.head_dim + splits) * sizeof(float);
-  const size_t list = select.scores ? plan.list_words(select) * sizeof(int32_t) : 0;
-  const size_t shared = Engine::kQueryBytes + list + plan.warps * partial + (cluster ? inbox : 0);
-  constexpr auto kernel = sparse_decode_kernel<Engine>;
-  allow_shared<kernel>(shared);
+  const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim);
+  // Results of the warps (first the keys of the selection), and in a cluster what the other blocks send.
+  const size_t parts = std::max<size_t>(Partials::size(plan.warps, Engine::kHeads, head_dim),
+                                        select.scores ? select_key_words(select) : 0);
+  const size_t inbox = cluster ? Partials::size(splits, Engine::kHeads, 0) + Engine::kHeads * head_dim + 4 * splits : 0;
+  const size_t list = select.scores ? plan.list_words(select) : 0;
+  const size_t shared = Engine::kQueryBytes + (list + parts + inbox) * sizeof(float);
   const dim3 grid(splits, p.cache.kv_heads * plan.head_blocks, p.batch);
-  Scratch scratch{nullptr, splits};
-  if (splits == 1 || cluster) {
-    return launch(kernel, grid, 32 * plan.warps, shared, splits, p, select, plan, scratch, error_word());
-  }
-  const Tensor workspace =
-      torch::stable::new_empty(on, {rows * splits * static_cast<int64_t>(partial / sizeof(float))}, ScalarType::Float);
-  scratch.data = static_cast<float*>(workspace.mutable_data_ptr());
-  launch(kernel, grid, 32 * plan.warps, shared, 1, p, select, plan, scratch, error_word());
-  launch(sparse_decode_merge<Engine::kHeads>, dim3(grid.y, grid.z), 128, 0, 1, p, plan, scratch);
+  const auto start = [&]<bool kSelects>(float* scratch) {
+    allow_shared<sparse_decode_kernel<Engine, kSelects>>(shared);
+    launch(sparse_decode_kernel<Engine, kSelects>, grid, 32 * plan.warps, shared, cluster ? splits : 1, p, select, plan,
+           scratch, error_word());
+  };
+  const auto start_either = [&](float* scratch) {
+    select.scores ? start.template operator()<true>(scratch) : start.template operator()<false>(scratch);
+  };
+  if (splits == 1 || cluster) return start_either(nullptr);
+  const Tensor scratch =
+      torch::stable::new_empty(on, {rows * Partials::size(splits, Engine::kHeads, head_dim)}, ScalarType::Float);
+  float* const data = static_cast<float*>(scratch.mutable_data_ptr());
+  start_either(data);
+  launch(sparse_decode_merge<Engine::kHeads>, dim3(grid.y, grid.z), 128, 0, 1, p, plan, data, splits);
 }
 
 }  // namespace lil::cuda

@@ -13,6 +13,9 @@ struct MmaEngine {
   static constexpr int kChunks = D / 32, kTail = D % 32 / 16;  // of a row as K: 32 elements a chunk, then maybe 16
   static constexpr int kWide = D / 64, kRest = D % 64 / 16;    // of a row as V: 64 elements, then 0, 16 or 32
   static constexpr int kMTiles = D / 16;
+  static constexpr DType kDType = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
+  __device__ static constexpr int32_t head_dim_of(const SparseDecodeParams&) { return D; }
+  __device__ static constexpr DType out_dtype(const SparseDecodeParams&) { return kDType; }
   static constexpr size_t kQueryBytes = Blocks * (kChunks * 32 * sizeof(uint4) + kTail * 32 * sizeof(uint2));
   static_assert(kRest == 0 || kRest == 1 || kRest == 2);
 
@@ -31,11 +34,13 @@ struct MmaEngine {
     const auto row = [&](int32_t g) {
       return static_cast<const T*>(p.q) + b * p.q_stride_b + (h * p.group + g) * p.q_stride_h;
     };
+#pragma unroll 1
     for (int32_t i = threadIdx.x; i < Blocks * kChunks * 32; i += blockDim.x) {
       const int32_t g = first_head + i / (kChunks * 32) * kTileHeads + i % 32 / 4;
       const int32_t d = i / 32 % kChunks * 32 + i % 4 * 8;
       full[i] = g < p.group ? *reinterpret_cast<const uint4*>(row(g) + d) : uint4{0, 0, 0, 0};
     }
+#pragma unroll 1
     for (int32_t i = threadIdx.x; kTail && i < Blocks * 32; i += blockDim.x) {
       const int32_t g = first_head + i / 32 * kTileHeads + i % 32 / 4, d = kChunks * 32 + i % 4 * 4;
       tail[i] = g < p.group ? *reinterpret_cast<const uint2*>(row(g) + d) : uint2{0, 0};
@@ -44,8 +49,8 @@ struct MmaEngine {
 
   __device__ MmaEngine(const SparseDecodeParams&, const void* shared) {
     query = static_cast<const uint4*>(shared) + threadIdx.x % 32;
-    query_tail = reinterpret_cast<const uint2*>(static_cast<const uint4*>(shared) + Blocks * kChunks * 32) +
-                 threadIdx.x % 32;
+    query_tail =
+        reinterpret_cast<const uint2*>(static_cast<const uint4*>(shared) + Blocks * kChunks * 32) + threadIdx.x % 32;
     for (auto& block : acc) {
       for (auto& tile : block) tile[0] = tile[1] = tile[2] = tile[3] = 0;
     }
@@ -62,8 +67,7 @@ struct MmaEngine {
         k[half][j] = valid ? load_once(reinterpret_cast<const uint4*>(row + 32 * j + 8 * c)) : uint4{0, 0, 0, 0};
       }
       if constexpr (kTail) {
-        k_tail[half][0] =
-            valid ? load_once(reinterpret_cast<const uint2*>(row + 32 * kChunks + 4 * c)) : uint2{0, 0};
+        k_tail[half][0] = valid ? load_once(reinterpret_cast<const uint2*>(row + 32 * kChunks + 4 * c)) : uint2{0, 0};
       }
     }
   }
@@ -126,13 +130,13 @@ struct MmaEngine {
       }
 #pragma unroll
       for (int j = 0; j < kWide; ++j) {
-        float(*const tile)[4] = acc[block] + 4 * j;
+        float (*const tile)[4] = acc[block] + 4 * j;
         weigh_pair(tile[0], v[0][j].x, v[1][j].x, v[2][j].x, v[3][j].x, weights);
         weigh_pair(tile[1], v[0][j].y, v[1][j].y, v[2][j].y, v[3][j].y, weights);
         weigh_pair(tile[2], v[0][j].z, v[1][j].z, v[2][j].z, v[3][j].z, weights);
         weigh_pair(tile[3], v[0][j].w, v[1][j].w, v[2][j].w, v[3][j].w, weights);
       }
-      float(*const tile)[4] = acc[block] + 4 * kWide;
+      float (*const tile)[4] = acc[block] + 4 * kWide;
       if constexpr (kRest >= 1) weigh_pair(tile[0], v_rest[0].x, v_rest[1].x, v_rest[2].x, v_rest[3].x, weights);
       if constexpr (kRest == 2) weigh_pair(tile[1], v_rest[0].y, v_rest[1].y, v_rest[2].y, v_rest[3].y, weights);
     }
@@ -145,8 +149,8 @@ struct MmaEngine {
     for (int block = 0; block < Blocks; ++block) {
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m) {
-        const int32_t d = m < 4 * kWide ? m / 4 * 64 + 8 * n + m % 4 * 2
-                                        : kWide * 64 + 2 * kRest * n + (m - 4 * kWide) * 2;
+        const int32_t d =
+            m < 4 * kWide ? m / 4 * 64 + 8 * n + m % 4 * 2 : kWide * 64 + 2 * kRest * n + (m - 4 * kWide) * 2;
         float* const at = out + (block * kTileHeads + 2 * c) * D + d;
         *reinterpret_cast<float2*>(at) = {acc[block][m][0], acc[block][m][2]};
         *reinterpret_cast<float2*>(at + D) = {acc[block][m][1], acc[block][m][3]};
@@ -165,8 +169,8 @@ void launch_sparse_decode_mma(const SparseDecodeParams& p, const SelectPagesPara
   launch_sparse_decode<MmaEngine<T, D, 1>>(p, select, launch, on);
 }
 
-#define LIL_INSTANTIATE(T, D)                                                                        \
-  template void launch_sparse_decode_mma<T, D>(const SparseDecodeParams&, const SelectPagesParams&, \
-                                               const Launch&, const Tensor&);
+#define LIL_INSTANTIATE(T, D)                                                                                      \
+  template void launch_sparse_decode_mma<T, D>(const SparseDecodeParams&, const SelectPagesParams&, const Launch&, \
+                                               const Tensor&);
 
 }  // namespace lil::cuda

@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from lil_ops import ops, policies
 from lil_ops.cache import PagedKVCache
-from lil_ops.integrations.attach import ModelShape, attach
+from lil_ops.integrations.attach import ModelShape, attach, refusal
 from lil_ops.policies import Policy
 
 NAME = "lil"
@@ -112,7 +112,10 @@ class LilCache(Cache):
         )
         self.rows = list(range(batch))
         self._begun = self._in_prompt = False
+        self._config = model.config
+        # The layer whose keys attention has yet to read, and the one that is to come next.
         self._unread: int | None = None
+        self._next = 0
 
     def begin(self, prompt_lens: list[int]) -> None:
         """Start the policy for prompts of these lengths (tokens). The first forward pass does it where nobody has."""
@@ -123,12 +126,20 @@ class LilCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tie ``[batch, kv_heads, tokens, head_dim]`` keys to this cache; `lil_attention` appends and reads them."""
-        # Another attention implementation would see the step's own keys only: wrong output, and no error of its own.
         if self._unread is not None:
+            if self._config._attn_implementation == NAME:
+                raise self._refusal(f"layer {self._unread} changes its keys behind the cache")
+            # Another attention implementation would see the step's own keys only: wrong output, and no error of its own.
             raise RuntimeError(
                 f"LilCache: layer {self._unread}'s keys were not read by attention 'lil': "
                 "call model.set_attn_implementation('lil') first"
             )
+        if layer_idx != self._next:
+            raise self._refusal(f"layer {layer_idx} ran where layer {self._next} was expected")
+        expected = [key_states.shape[0], self.kv.kv_heads, key_states.shape[2], self.kv.head_dim]
+        for states in (key_states, value_states):
+            if list(states.shape) != expected:
+                raise self._refusal(f"layer {layer_idx}: keys and values: expected {expected}, got {list(states.shape)}")
         self._unread = layer_idx
         setattr(key_states, _TIE, (self, layer_idx))
         return self.layers[layer_idx].update(key_states, value_states)
@@ -146,11 +157,16 @@ class LilCache(Cache):
         softcap: float | None,
     ) -> torch.Tensor:
         """Append one layer's keys and values, then attend; arguments and result as in `lil_attention`."""
+        if self._unread != layer:
+            raise self._refusal(f"layer {layer} reads its keys more than once")
         self._unread = None
+        # Some models put the window into the mask only.
+        window = window or self.shape.sliding_windows[layer]
         if layer == 0:
             self._begin_step(key, mask)
         kv, step = self.kv, self.kv.step
         kv.append(layer, self._tokens(key), self._tokens(value))
+        self._next = (layer + 1) % self.shape.num_layers
         if key.shape[2] == 1:
             q = query[:, :, 0]
             # Inside a window every token is read, whatever the policy: the model was trained with that budget.
@@ -178,7 +194,10 @@ class LilCache(Cache):
         for row in self.rows:
             self.kv.free(row)
         self._begun = self._in_prompt = False
-        self._unread = None
+        self._unread, self._next = None, 0
+
+    def _refusal(self, reason: str) -> ValueError:
+        return refusal(self._config.model_type, reason)
 
     def _begin_step(self, key: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Open the step that all layers share: find the real tokens, map pages for them, start the policy."""

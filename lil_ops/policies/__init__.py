@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 
 from lil_ops.policies.base import Policy, Selection
 from lil_ops.policies.full import Full
@@ -25,10 +26,20 @@ def get(name: str | Policy, **options) -> Policy:
         nearest = difflib.get_close_matches(name, POLICIES, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"unknown policy {name!r}: expected one of {', '.join(POLICIES)}{hint}")
-    try:
-        return POLICIES[name](**options)
-    except TypeError as error:
-        raise ValueError(f"policy {name}: {error}") from None
+    taken = _options(POLICIES[name])
+    for option in options:
+        if option not in taken:
+            expected = f"one of {', '.join(taken)}" if taken else "none"
+            raise ValueError(f"policy {name}: unknown option {option!r}: expected {expected}")
+    return POLICIES[name](**options)
+
+
+def _options(policy: type[Policy]) -> list[str]:
+    """The options it takes: its own, and where it passes others on, those of `Policy`."""
+    own = inspect.signature(policy).parameters.values()
+    named = [parameter.name for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
+    passed_on = inspect.signature(Policy).parameters if len(named) < len(own) else ()
+    return list(dict.fromkeys([*passed_on, *named]))
 
 
 __all__ = ["POLICIES", "Full", "Policy", "Quest", "Selection", "Sink", "get"]

@@ -44,11 +44,15 @@ class Policy:
         protect_prompt: bool = False,
         dense_layers: int = 0,
     ):
-        for option, value, least in (("sink", sink, 0), ("recent", recent, 1), ("dense_layers", dense_layers, 0)):
-            if value < least:
-                raise ValueError(f"policy {self.name}: {option}: expected at least {least}, got {value}")
         if budget is None:
-            raise ValueError(f"policy {self.name}: budget: expected a number of tokens, got None")
+            raise ValueError(f"policy {self.name}: budget: expected a number of tokens (budget=...), got none")
+        whole = {"budget": budget, "sink": sink, "recent": recent, "dense_layers": dense_layers}
+        for option, value in whole.items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"policy {self.name}: {option}: expected a whole number, got {value!r}")
+        for option, least in (("sink", 0), ("recent", 1), ("dense_layers", 0)):
+            if whole[option] < least:
+                raise ValueError(f"policy {self.name}: {option}: expected at least {least}, got {whole[option]}")
         if budget < sink + recent + 1:
             raise ValueError(
                 f"policy {self.name}: budget: expected at least sink + recent + 1 = {sink + recent + 1} tokens, "
