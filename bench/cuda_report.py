@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Registers, shared memory, stack and spills of every CUDA kernel instance, read from ptxas; exit 1 where one spills.
 
-Compiles csrc/cuda/*.cu for LIL_CUDA_ARCHS (default 90) without linking. Needs nvcc, no GPU, and any torch.
+Compiles csrc/cuda/*.cu and the instances that the build generated for LIL_CUDA_ARCHS (default 90), without linking.
+Needs nvcc, no GPU, and any torch.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,10 +44,14 @@ def main() -> int:
     archs = os.environ.get("LIL_CUDA_ARCHS", "90").split(";")
     spilled = False
     print(f"{'kernel':60} {'arch':7} {'registers':>9} {'smem':>7} {'stack':>6} {'spills':>7}")
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+    build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) + sorted(build.glob("instances/*.cu"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        logs = pool.map(lambda source: compile_log(source, archs), sources)
+    for log in logs:
         kernel = arch = None
         stack = (0, 0, 0)
-        for line in compile_log(source, archs).splitlines():
+        for line in log.splitlines():
             if found := KERNEL.search(line):
                 kernel, arch = found.groups()
             elif found := STACK.search(line):

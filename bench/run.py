@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Run the benchmarks and keep the result: bench/run.py [--report-only] [PYTEST ARGUMENTS ...]
+"""Run the CPU benchmarks and keep the result: bench/run.py [PYTEST ARGUMENTS ...]
 
-Writes bench/results/cpu.json (medians, ratios, machine, versions, date, commit) and, from it, docs/performance.md.
+Writes bench/results/cpu.json (medians, machine, versions, date, commit) and, from it, docs/performance.md (report.py).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from report import report
+
 BENCH = Path(__file__).resolve().parent
 RESULT = BENCH / "results" / "cpu.json"
-REPORT = BENCH.parent / "docs" / "performance.md"
 
 
 def run(arguments: list[str]) -> None:
@@ -52,38 +53,6 @@ def run(arguments: list[str]) -> None:
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def report() -> None:
-    result = json.loads(RESULT.read_text())
-    machine, versions = result["machine"], result["versions"]
-    lines = [
-        "# Performance",
-        "",
-        "Generated from `bench/results/cpu.json` by `bench/run.py`; do not edit. Measured again by `make bench`.",
-        "",
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}; torch {versions['torch']}; "
-        f"{result['date']}, commit {result['commit']}. Medians. *Share of read*: bytes that must be read, over the time, "
-        "over the bandwidth of a 512 MB read measured just before. *Against lil*: the variant's time over ours, same "
-        "run.",
-        "",
-        "Unless said otherwise: bf16, 8 KV heads x group 4, head_dim 128, page 16, context 32768, budget 2048.",
-        "",
-        "| case | variant | median | GB/s | share of read | against lil |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for case, rows in result["cases"].items():
-        ours = next((row["median_us"] for row in rows if row["variant"] == "lil"), None)
-        for row in rows:
-            ratio = f"{row['median_us'] / ours:.2f}x" if ours and row["variant"] != "lil" else ""
-            share = f"{row['share_of_read']:.0%}" if "share_of_read" in row else ""
-            rate = f"{row['gb_s']:.1f}" if "gb_s" in row else ""
-            lines.append(f"| {case} | {row['variant']} | {_time(row['median_us'])} | {rate} | {share} | {ratio} |")
-    REPORT.write_text("\n".join(lines) + "\n")
-
-
-def _time(us: float) -> str:
-    return f"{us:.1f} us" if us < 1000 else f"{us / 1000:.2f} ms"
-
-
 def _commit() -> str:
     """The commit that was measured; a + behind it says that the sources were changed since."""
     return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "csrc", "lil_ops") else "")
@@ -102,6 +71,5 @@ def _cpu_name() -> str:
 
 
 if __name__ == "__main__":
-    if "--report-only" not in sys.argv[1:]:
-        run(sys.argv[1:])
+    run(sys.argv[1:])
     report()

@@ -14,9 +14,7 @@ namespace py = pybind11;
 namespace lil {
 namespace {
 
-py::list words(const std::string& text) {
-  return py::str(text).attr("split")();
-}
+py::list words(const std::string& text) { return py::str(text).attr("split")(); }
 
 py::dict build_facts() {
   const std::string cuda = LIL_CUDA_VERSION;

@@ -53,9 +53,9 @@ class DecodeLoop:
         check_sampling(temperature, top_k, top_p)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-        self._model, device = model, model.device
+        self._model = model
         self._vocab_size = attach(model).vocab_size
-        self._prompts = [prompt.to(device) for prompt in _check_prompts(input_ids, self._vocab_size)]
+        self._prompts = _check_prompts(input_ids, self._vocab_size)
         lengths = [len(prompt) for prompt in self._prompts]
         batch = len(lengths)
         self.cache = LilCache(
@@ -68,16 +68,17 @@ class DecodeLoop:
         self._max_new_tokens = max_new_tokens
         self._sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         # Drawn before the run, from each row's own generator: they depend neither on the batch nor on who stops.
-        self._uniforms = torch.stack([_uniforms(max_new_tokens, seed + row) for row in range(batch)]).to(device)
-        self._eos = torch.tensor(_eos_ids(model, eos_token_id), dtype=torch.int64, device=device)
-        self._tracker = Lz77Tracker(batch, max_new_tokens, self._vocab_size, device)
-        self._watch = guardian.start(batch, device) if guardian else None
+        self._uniforms = torch.stack([_uniforms(max_new_tokens, seed + row) for row in range(batch)])
+        # Who stops is decided on the CPU, which reads each step's tokens anyway, and where lz77_append has its kernel.
+        self._eos = torch.tensor(_eos_ids(model, eos_token_id), dtype=torch.int64)
+        self._tracker = Lz77Tracker(batch, max_new_tokens, self._vocab_size)
+        self._watch = guardian.start(batch) if guardian else None
 
-        # Device state, one entry a row, running or not; `_rows` selects the running ones.
-        self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self._positions = torch.tensor(lengths, dtype=torch.int64, device=device)[:, None]
-        self._num_tokens = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._stop = torch.zeros(batch, dtype=torch.int32, device=device)
+        # One entry a row, running or not; `_rows` selects the running ones.
+        self._tokens = torch.zeros(batch, 1, dtype=torch.int64)
+        self._positions = torch.tensor(lengths, dtype=torch.int64)[:, None]
+        self._num_tokens = torch.zeros(batch, dtype=torch.int32)
+        self._stop = torch.zeros(batch, dtype=torch.int32)
         self._run(list(range(batch)))
 
         self._output: list[list[int]] = [[] for _ in range(batch)]
@@ -104,7 +105,7 @@ class DecodeLoop:
         logits = []
         for row, prompt in enumerate(self._prompts):
             self.cache.rows = [row]
-            logits.append(self._forward(prompt[None], torch.arange(len(prompt), device=prompt.device)[None]))
+            logits.append(self._forward(prompt[None], torch.arange(len(prompt))[None]))
         self.cache.rows = self.active
         return self._accept(torch.cat(logits), started)
 
@@ -128,16 +129,15 @@ class DecodeLoop:
         )
 
     def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        where = {"input_ids": input_ids.to(self._model.device), "position_ids": position_ids.to(self._model.device)}
         cache = {self._cache_argument: self.cache}
-        return self._model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=True, logits_to_keep=1, **cache
-        ).logits[:, -1]
+        return self._model(**where, **cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def _accept(self, logits: torch.Tensor, started: float) -> StepEvent:
-        """Choose the running rows' tokens, decide who stops, and read both back: the step's one host sync."""
+        """Choose the running rows' tokens and decide who stops."""
         step = len(self._step_times)
-        chosen = sample(logits, self._uniforms[self._rows, step], **self._sampling)
-        self._tokens[self._rows, 0] = chosen
+        chosen = sample(logits, self._uniforms[self._rows, step].to(logits.device), **self._sampling)
+        self._tokens[self._rows, 0] = chosen.cpu()  # the step's one wait for the device
         self._num_tokens += 1
         phrases, bits = self._tracker.append(self._tokens, self._counts)
         # Who stops is settled in this order: end of sequence, Guardian, length. A stopped row keeps its reason.
@@ -173,9 +173,8 @@ class DecodeLoop:
     def _run(self, rows: list[int]) -> None:
         """From here on the model runs these rows only; the others' LZ77 state stays untouched."""
         self.active = self.cache.rows = rows
-        device = self._tokens.device
-        self._rows = torch.tensor(rows, dtype=torch.int64, device=device)
-        self._counts = torch.zeros(len(self._tokens), dtype=torch.int32, device=device)
+        self._rows = torch.tensor(rows, dtype=torch.int64)
+        self._counts = torch.zeros(len(self._tokens), dtype=torch.int32)
         self._counts[self._rows] = 1
 
 

@@ -122,8 +122,8 @@ inline void check_head_dim(int64_t head_dim, const char* op, const char* arg) {
             op, arg, "a head_dim of 64, 80, 96, 128, 192 or 256", text(head_dim));
 }
 
-// Every row of t, along its last dimension, begins at a multiple of `alignment` bytes. Backend::kAlignment says what the
-// backend's vectors need.
+// Every row of t, along its last dimension, begins at a multiple of `alignment` bytes. Backend::kAlignment says what
+// the backend's vectors need.
 inline void check_aligned(const Tensor& t, const char* op, const char* arg, int64_t alignment) {
   const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : 2;
   bool ok = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % alignment == 0;

@@ -55,7 +55,8 @@ Tensor score_pages(const Tensor& q, const Tensor& summary, const Tensor& page_ta
                    int64_t page_size, std::optional<double> scale, const std::string& mode) {
   ScorePagesParams params =
       score_pages_params<Backend>("score_pages", q, summary, page_table, seq_lens, page_size, scale, mode);
-  Tensor scores = torch::stable::new_empty(q, {params.batch, params.kv_heads, params.pages.max_pages}, ScalarType::Float);
+  Tensor scores =
+      torch::stable::new_empty(q, {params.batch, params.kv_heads, params.pages.max_pages}, ScalarType::Float);
   params.scores = static_cast<float*>(scores.mutable_data_ptr());
   if (params.batch > 0) Backend::score_pages(params, q);
   return scores;

@@ -36,8 +36,8 @@ std::tuple<Tensor, Tensor> sparse_decode_step(const Tensor& q, const Tensor& k, 
   params.select = select_pages_params(op, q, batch, cache.kv_heads, max_pages, seq_lens, cache.page_size, budget, sink,
                                       recent, protected_lens);
   params.score = score_pages_params<Backend>(op, q, summary, page_table, seq_lens, cache.page_size, scale, mode);
-  params.append = append_kv_params<Backend>(op, k_cache, v_cache, summaries, k, v, page_table, seq_lens, std::nullopt,
-                                            mode);
+  params.append =
+      append_kv_params<Backend>(op, k_cache, v_cache, summaries, k, v, page_table, seq_lens, std::nullopt, mode);
   params.attend.cache = params.append.cache;
   params.score.summary = params.append.summary;
   Tensor scores = torch::stable::new_empty(q, {batch, cache.kv_heads, max_pages}, ScalarType::Float);

@@ -50,6 +50,8 @@ def attach(model: nn.Module) -> ModelShape:
         getattr(model, "_supports_attention_backend", False),
         "its attention does not go through transformers' AttentionInterface",
     )
+    # Such a config raises an error where an attribute that differs is read.
+    require(not getattr(config, "is_heterogeneous", False), "its layers differ (per_layer_config)")
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     require(not kinds, f"it has layers of type {', '.join(sorted(kinds))}")
     require(not getattr(config, "kv_lora_rank", None), "it has multi-head latent attention (MLA)")
@@ -101,6 +103,7 @@ def _kv_heads(module: nn.Module, config) -> int:
 
 
 def _sliding_windows(config) -> tuple[int | None, ...]:
-    window = getattr(config, "sliding_window", None)
+    # A config keeps attributes that its own model never reads; those that a model reads, its class declares.
+    window = getattr(config, "sliding_window", None) if hasattr(type(config), "sliding_window") else None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

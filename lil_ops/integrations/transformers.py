@@ -129,7 +129,7 @@ class LilCache(Cache):
         if self._unread is not None:
             if self._config._attn_implementation == NAME:
                 raise self._refusal(f"layer {self._unread} changes its keys behind the cache")
-            # Another attention implementation would see the step's own keys only: wrong output, and no error of its own.
+            # Another attention implementation sees the step's own keys only: wrong output, and no error of its own.
             raise RuntimeError(
                 f"LilCache: layer {self._unread}'s keys were not read by attention 'lil': "
                 "call model.set_attn_implementation('lil') first"
@@ -137,9 +137,9 @@ class LilCache(Cache):
         if layer_idx != self._next:
             raise self._refusal(f"layer {layer_idx} ran where layer {self._next} was expected")
         expected = [key_states.shape[0], self.kv.kv_heads, key_states.shape[2], self.kv.head_dim]
-        for states in (key_states, value_states):
-            if list(states.shape) != expected:
-                raise self._refusal(f"layer {layer_idx}: keys and values: expected {expected}, got {list(states.shape)}")
+        for shape in map(list, (key_states.shape, value_states.shape)):
+            if shape != expected:
+                raise self._refusal(f"layer {layer_idx}: keys and values: expected shape {expected}, got {shape}")
         self._unread = layer_idx
         setattr(key_states, _TIE, (self, layer_idx))
         return self.layers[layer_idx].update(key_states, value_states)
