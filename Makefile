@@ -9,7 +9,7 @@ MODEL := models/SmolLM2-135M-Instruct/model.gguf
 NATIVE := $(shell find csrc CMakeLists.txt setup.py pyproject.toml -type f 2>/dev/null)
 PROMPT := A shop sells pens at 3 dollars and notebooks at 5 dollars. Tom buys 4 pens and 6 notebooks and pays with a 100 dollar bill. How much change does he get? Explain each step, then check the result in another way.
 
-.PHONY: demo test test-gpu bench bench-gpu lint format cuda-report wheel wheel-test models clean
+.PHONY: demo test test-gpu sanitize-gpu bench bench-gpu lint format cuda-report wheel wheel-test models clean
 
 demo: $(VENV)/.built $(MODEL)
 	$(BIN)/lil-ops generate --model models/SmolLM2-135M-Instruct --policy quest --budget 256 --guardian --interval 64 --threshold 5 --max-new-tokens 512 --ignore-eos "$(PROMPT)"
@@ -20,6 +20,10 @@ test: $(VENV)/.built $(MODEL)
 # On a machine with a GPU whose PYTHON has a CUDA torch: the same tests, with device="cuda" as well.
 test-gpu:
 	$(PYTHON) bench/gpu.py test
+
+# Some of them under compute-sanitizer.
+sanitize-gpu:
+	$(PYTHON) bench/gpu.py sanitize
 
 # The CUDA operators beside their peers, as bench/results/cuda.json and docs/performance.md.
 bench-gpu:

@@ -294,6 +294,9 @@ def guardian_check(
             checkpoint[b] = num_tokens[b], sizes[b]
             if gain[b] < threshold[b]:
                 stop[b] = GUARDIAN
+
+    Under torch.compile do not use, after this call, what was computed from ``stop`` before it: Inductor may compute it
+    late, from the new values.
     """
     _lil.guardian_check(sizes, num_tokens, interval, threshold, checkpoint, gain, stop)
 

@@ -20,7 +20,7 @@ from tiny_models import (
 from lil_ops.cache import OutOfPagesError
 from lil_ops.decode import generate
 from lil_ops.integrations.attach import attach
-from lil_ops.integrations.transformers import LilCache, register
+from lil_ops.integrations.transformers import LilCache, lil_attention, register
 
 NEW = 40
 COVERING = [("quest", {"budget": 128}), ("sink", {"budget": 128}), ("quest", {"budget": 128, "dense_layers": 0})]
@@ -168,10 +168,47 @@ def test_attach_returns_the_shape():
     assert shape.sliding_windows == (WINDOW, None, WINDOW, None)
     assert attach(build("mistral-sliding")).sliding_windows == (WINDOW,) * 4
     assert attach(build("mistral")).sliding_windows == attach(build("llama")).sliding_windows == (None,) * 4
+    # A config keeps what its model does not know: an attribute left from another family is no window.
+    left_over = hf.LlamaForCausalLM(hf.LlamaConfig(**small(sliding_window=WINDOW)))
+    assert attach(left_over).sliding_windows == (None,) * 4
 
 
 def small(**changes):
     return {**BASE, **changes}
+
+
+def further(kv=None, **changes):
+    """Options for a config of any family: heads of 64, ``kv`` of them for keys; None: the config does not say."""
+    unsaid = {"head_dim", "num_key_value_heads"}
+    options = {name: value for name, value in small(hidden_size=256).items() if name not in unsaid}
+    return {**options, **({"num_key_value_heads": kv} if kv else {}), **changes}
+
+
+def of_type(kind, **changes):
+    torch.manual_seed(0)
+    return hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(kind, **further(**changes))).eval()
+
+
+FURTHER = {
+    **dict.fromkeys(("codegen", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "opt", "persimmon"), {}),
+    **dict.fromkeys(("cohere", "granite", "nemotron", "olmo2", "phi", "smollm3"), {"kv": 2}),
+    **dict.fromkeys(("mixtral", "phi3", "phimoe", "starcoder2"), {"kv": 2, "sliding_window": WINDOW}),
+    "glm4": {"kv": 2, "head_dim": 64},
+    "qwen2_moe": {"kv": 2, "num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+}
+
+
+@pytest.mark.parametrize("kind", FURTHER)
+def test_further_families_give_the_tokens_of_transformers(kind):
+    model, sequences = of_type(kind, **FURTHER[kind]), prompts(27, 9)
+    ids, mask = left_padded(sequences)
+    model.set_attn_implementation("eager")
+    want = hf_generate(model, ids, NEW, attention_mask=mask)
+    assert min(len(set(row)) for row in want) > 5, "outputs of few tokens prove little"
+    assert generate(model, sequences, max_new_tokens=NEW).tokens == want
+    model.set_attn_implementation("lil")
+    cache = LilCache(model, batch=2, max_tokens=27 + NEW)
+    assert hf_generate(model, ids, NEW, attention_mask=mask, cache=cache) == want
 
 
 UNSERVED = {
@@ -204,6 +241,20 @@ UNSERVED = {
         ),
         "MLA",
     ),
+    "gpt2": (
+        lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**further(), add_cross_attention=True)),
+        "not causal",
+    ),
+    "mllama_text_model": (
+        lambda: hf.MllamaForCausalLM(hf.MllamaTextConfig(**further(kv=2), cross_attention_layers=[1])),
+        "cross-attention layers",
+    ),
+    "diffllama": (lambda: of_type("diffllama", kv=2), "differential"),
+    "doge": (lambda: of_type("doge", kv=2), "mask of its own"),
+    "jetmoe": (lambda: of_type("jetmoe", kv=2, kv_channels=64), "experts"),
+    "bloom": (lambda: of_type("bloom"), "AttentionInterface"),
+    "falcon": (lambda: of_type("falcon"), "AttentionInterface"),
+    "bert": (lambda: of_type("bert", is_decoder=True), "no standard attention"),
     "mamba": (
         lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=50, hidden_size=64, num_hidden_layers=1)),
         "AttentionInterface|no standard attention",
@@ -223,6 +274,31 @@ def test_models_that_cannot_be_served(kind):
         attach(model)
     with pytest.raises(ValueError, match=reason):
         LilCache(model, max_tokens=16)
+
+
+def test_a_model_that_uses_the_cache_in_its_own_way():
+    model = build("llama")
+    model.set_attn_implementation("lil")
+    cache, module = LilCache(model, max_tokens=16), model.model.layers[0].self_attn
+
+    def states(heads=2):
+        return torch.zeros(2, 1, heads, 3, 64).unbind()
+
+    def refused(reason):
+        return pytest.raises(ValueError, match=f"cannot serve model type 'llama': {reason}")
+
+    with refused("layer 1 ran where layer 0 was expected"):
+        cache.update(*states(), 1)
+    with refused(r"layer 0: keys and values: expected shape \[1, 2, 3, 64\], got \[1, 4, 3, 64\]"):
+        cache.update(*states(heads=4), 0)
+    key, value = cache.update(*states(), 0)
+    with refused("layer 0 changes its keys behind the cache"):
+        cache.update(*states(), 1)
+    lil_attention(module, torch.zeros(1, 4, 3, 64), key, value, None)
+    with refused("layer 0 reads its keys more than once"):
+        lil_attention(module, torch.zeros(1, 4, 3, 64), key, value, None)
+    cache.reset()
+    cache.update(*states(), 0)
 
 
 def test_not_a_transformers_model():
