@@ -1,7 +1,7 @@
 """Builds the native parts with CMake and ninja: liblil_cpu.so, liblil_cuda.so (where nvcc is found) and lil_ops._C.
 
-Environment: LIL_CUDA_ARCHS (CMake list such as "80;90"; "OFF" skips CUDA; default: the GPUs of this machine, or every
-supported architecture where there is none), CMAKE_BUILD_PARALLEL_LEVEL.
+Environment: LIL_CUDA_ARCHS (CMake list such as "80;90"; "OFF" skips CUDA; see cuda_archs for the default),
+CMAKE_BUILD_PARALLEL_LEVEL.
 """
 
 import os
@@ -18,6 +18,10 @@ CUDA_ARCHS = "80;86;89;90;100;120"
 
 
 def cuda_archs(torch) -> str:
+    """This machine's GPUs; without one every architecture, or one alone where torch has no CUDA: the library is compiled
+    then to show that it does, and nothing there loads it."""
+    if torch.version.cuda is None:
+        return "90"
     if torch.cuda.is_available():
         capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         return ";".join(f"{major}{minor}" for major, minor in sorted(capabilities))
