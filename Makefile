@@ -7,12 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct/model.gguf
 NATIVE := $(shell find csrc CMakeLists.txt setup.py pyproject.toml -type f 2>/dev/null)
-PROMPT := A shop sells pens at 3 dollars and notebooks at 5 dollars. Tom buys 4 pens and 6 notebooks and pays with a 100 dollar bill. How much change does he get? Explain each step, then check the result in another way.
+PROMPT := Solve the equation x^2 - 5x + 6 = 0. Explain each step, then check both solutions.
 
 .PHONY: demo test test-gpu sanitize-gpu bench bench-gpu lint format cuda-report wheel wheel-test models clean
 
 demo: $(VENV)/.built $(MODEL)
-	$(BIN)/lil-ops generate --model models/SmolLM2-135M-Instruct --policy quest --budget 256 --guardian --interval 64 --threshold 5 --max-new-tokens 512 --ignore-eos "$(PROMPT)"
+	$(BIN)/lil-ops generate --model models/SmolLM2-135M-Instruct --policy quest --budget 256 --guardian --interval 64 --threshold 5 --max-new-tokens 1024 "$(PROMPT)"
 
 test: $(VENV)/.built $(MODEL)
 	$(BIN)/python -m pytest tests
