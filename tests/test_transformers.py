@@ -190,9 +190,9 @@ def of_type(kind, **changes):
 
 
 FURTHER = {
-    **dict.fromkeys(("codegen", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "opt", "persimmon"), {}),
-    **dict.fromkeys(("cohere", "granite", "nemotron", "olmo2", "phi", "smollm3"), {"kv": 2}),
-    **dict.fromkeys(("mixtral", "phi3", "phimoe", "starcoder2"), {"kv": 2, "sliding_window": WINDOW}),
+    **{kind: {} for kind in ("codegen", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "opt", "persimmon")},
+    **{kind: {"kv": 2} for kind in ("cohere", "granite", "nemotron", "olmo2", "phi", "smollm3")},
+    **{kind: {"kv": 2, "sliding_window": WINDOW} for kind in ("mixtral", "phi3", "phimoe", "starcoder2")},
     "glm4": {"kv": 2, "head_dim": 64},
     "qwen2_moe": {"kv": 2, "num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
 }
@@ -246,7 +246,7 @@ UNSERVED = {
         "not causal",
     ),
     "mllama_text_model": (
-        lambda: hf.MllamaForCausalLM(hf.MllamaTextConfig(**further(kv=2), cross_attention_layers=[1])),
+        lambda: hf.MllamaForCausalLM(hf.MllamaTextConfig(**further(kv=2, bos_token_id=1), cross_attention_layers=[1])),
         "cross-attention layers",
     ),
     "diffllama": (lambda: of_type("diffllama", kv=2), "differential"),

@@ -43,40 +43,53 @@ inline void dot_tile(const T* const* rows, const float* queries, int64_t length,
   }
 }
 
-// Row pointers may lead anywhere (pages are scattered), so the rows to come are fetched into the cache by hand.
+// Rows that are needed next. Row pointers may lead anywhere (pages are scattered), which no hardware foresees: so while
+// one piece is computed with, the rows of the piece after it are fetched, a row for each row.
+template <class T>
+struct Ahead {
+  const T* const* rows;
+  int64_t count;
+
+  // Elements [first, last) of rows [begin, end).
+  void fetch(int64_t begin, int64_t end, int64_t first, int64_t last) const {
+    for (int64_t t = begin; t < end && t < count; ++t) {
+      for (int64_t d = first; d < last; d += 64 / sizeof(T)) prefetch(rows[t] + d);
+    }
+  }
+};
+
 template <int Heads, class T>
 inline void dot_rows(const T* const* rows, int64_t count, const float* queries, int64_t length, float* out,
-                     int64_t out_stride) {
-  constexpr int64_t kAhead = 16, kLine = 64 / sizeof(T);
+                     int64_t out_stride, Ahead<T> ahead) {
   int64_t t = 0;
   for (; t + 4 <= count; t += 4) {
-    for (int64_t next = t + kAhead; next < t + kAhead + 4 && next < count; ++next) {
-      for (int64_t d = 0; d < length; d += kLine) prefetch(rows[next] + d);
-    }
+    ahead.fetch(t, t + 4, 0, length);
     dot_tile<4, Heads>(rows + t, queries, length, out + t, out_stride);
   }
+  ahead.fetch(t, ahead.count, 0, length);
   for (; t < count; ++t) dot_tile<1, Heads>(rows + t, queries, length, out + t, out_stride);
 }
 
-// Any number of queries [heads, length], Vec::kHeadTile at a time.
+// Any number of queries [heads, length], Vec::kHeadTile at a time; `ahead`, of the same length, is fetched meanwhile.
 template <class T>
 inline void dots(const T* const* rows, int64_t count, const float* queries, int64_t heads, int64_t length, float* out,
-                 int64_t out_stride) {
+                 int64_t out_stride, Ahead<T> ahead) {
   while (heads > 0) {
     const int64_t tile = heads < Vec::kHeadTile ? heads : Vec::kHeadTile;
     switch (tile) {
       case 4:
-        dot_rows<4>(rows, count, queries, length, out, out_stride);
+        dot_rows<4>(rows, count, queries, length, out, out_stride, ahead);
         break;
       case 3:
-        dot_rows<3>(rows, count, queries, length, out, out_stride);
+        dot_rows<3>(rows, count, queries, length, out, out_stride, ahead);
         break;
       case 2:
-        dot_rows<2>(rows, count, queries, length, out, out_stride);
+        dot_rows<2>(rows, count, queries, length, out, out_stride, ahead);
         break;
       default:
-        dot_rows<1>(rows, count, queries, length, out, out_stride);
+        dot_rows<1>(rows, count, queries, length, out, out_stride, ahead);
     }
+    ahead.count = 0;
     heads -= tile;
     queries += tile * length;
     out += tile * out_stride;

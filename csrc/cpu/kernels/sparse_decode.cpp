@@ -9,16 +9,13 @@ constexpr int64_t kMaxHeadDim = 256;
 // out[h, d] = sum_t weights[h * kChunkTokens + t] * rows[t][d], for Width vectors from d on.
 template <int Heads, int Width, class T>
 inline void weigh_tile(const T* const* rows, int64_t count, const float* weights, int64_t d, int64_t head_dim,
-                       float* out) {
-  constexpr int64_t kAhead = 12, kLine = 64 / sizeof(T);
+                       float* out, Ahead<T> ahead) {
   Vec acc[Heads][Width];
   for (auto& head : acc) {
     for (Vec& a : head) a = Vec::zero();
   }
   for (int64_t t = 0; t < count; ++t) {
-    if (t + kAhead < count) {
-      for (int64_t line = 0; line < Width * Vec::N; line += kLine) prefetch(rows[t + kAhead] + d + line);
-    }
+    ahead.fetch(t, t + 1, d, d + Width * Vec::N);
     Vec row[Width];
     for (int w = 0; w < Width; ++w) row[w] = Vec::load(rows[t] + d + w * Vec::N);
     for (int h = 0; h < Heads; ++h) {
@@ -32,11 +29,14 @@ inline void weigh_tile(const T* const* rows, int64_t count, const float* weights
 }
 
 template <int Heads, class T>
-void weigh_rows(const T* const* rows, int64_t count, const float* weights, int64_t head_dim, float* out) {
+void weigh_rows(const T* const* rows, int64_t count, const float* weights, int64_t head_dim, float* out,
+                Ahead<T> ahead) {
   int64_t d = 0;
-  for (; d + 4 * Vec::N <= head_dim; d += 4 * Vec::N) weigh_tile<Heads, 4>(rows, count, weights, d, head_dim, out);
-  for (; d + 2 * Vec::N <= head_dim; d += 2 * Vec::N) weigh_tile<Heads, 2>(rows, count, weights, d, head_dim, out);
-  for (; d < head_dim; d += Vec::N) weigh_tile<Heads, 1>(rows, count, weights, d, head_dim, out);
+  for (; d + 4 * Vec::N <= head_dim; d += 4 * Vec::N)
+    weigh_tile<Heads, 4>(rows, count, weights, d, head_dim, out, ahead);
+  for (; d + 2 * Vec::N <= head_dim; d += 2 * Vec::N)
+    weigh_tile<Heads, 2>(rows, count, weights, d, head_dim, out, ahead);
+  for (; d < head_dim; d += Vec::N) weigh_tile<Heads, 1>(rows, count, weights, d, head_dim, out, ahead);
 }
 
 // Logits to weights relative to their maximum, in place; returns the maximum and the sum of the weights.
@@ -64,31 +64,46 @@ void softmax(float* logits, int64_t count, float softcap, float* max, float* sum
   *sum = total.sum();
 }
 
-template <class T, class Q>
-void attend_chunk(const SparseDecodeParams& p, const AttendItem& item, const Partials& partials) {
-  const int64_t page_size = p.cache.page_size, head_dim = p.cache.head_dim, length = p.seq_lens[item.b];
-  const int64_t start = p.window > 0 && p.window < length ? length - p.window : 0;
-  const int32_t* list = p.selected ? p.pages + item.b * p.pages_stride_b + item.h * p.pages_stride_h : nullptr;
-  // Every token that takes part, by the address of its row; tokens outside the window or past the end never get in.
-  const T *k_rows[kChunkTokens], *v_rows[kChunkTokens];
-  int64_t count = 0;
-  for (int64_t entry = item.first; entry < item.last; ++entry) {
-    const int64_t page = list ? list[entry] : entry;
-    if (page < 0) continue;
-    const int64_t begin = page * page_size, stop = begin + page_size < length ? begin + page_size : length;
-    const int64_t from = begin > start ? begin : start;
-    if (from >= stop) continue;
-    const int64_t physical = p.table.at(item.b, item.h, page);
-    if (physical < 0) continue;  // not mapped
-    const auto at = [&](const PagedBuffer& buffer) {
-      return static_cast<const T*>(buffer.data) + physical * buffer.stride_page + item.h * buffer.stride_head;
-    };
-    const T *k = at(p.cache.k), *v = at(p.cache.v);
-    for (int64_t slot = from - begin; slot < stop - begin; ++slot) {
-      k_rows[count] = k + slot * p.cache.k.stride_token;
-      v_rows[count++] = v + slot * p.cache.v.stride_token;
+// Every token of a chunk that takes part, by the addresses of its rows; tokens outside the window or past the end never
+// get in.
+template <class T>
+struct ChunkRows {
+  const T *k[kChunkTokens], *v[kChunkTokens];
+  int64_t count;
+
+  ChunkRows() {}  // the arrays stay as they are until gather
+
+  void gather(const SparseDecodeParams& p, const AttendItem& item) {
+    const int64_t page_size = p.cache.page_size, length = p.seq_lens[item.b];
+    const int64_t start = p.window > 0 && p.window < length ? length - p.window : 0;
+    const int32_t* list = p.selected ? p.pages + item.b * p.pages_stride_b + item.h * p.pages_stride_h : nullptr;
+    count = 0;
+    for (int64_t entry = item.first; entry < item.last; ++entry) {
+      const int64_t page = list ? list[entry] : entry;
+      if (page < 0) continue;
+      const int64_t begin = page * page_size, stop = begin + page_size < length ? begin + page_size : length;
+      const int64_t from = begin > start ? begin : start;
+      if (from >= stop) continue;
+      const int64_t physical = p.table.at(item.b, item.h, page);
+      if (physical < 0) continue;  // not mapped
+      const auto at = [&](const PagedBuffer& buffer) {
+        return static_cast<const T*>(buffer.data) + physical * buffer.stride_page + item.h * buffer.stride_head;
+      };
+      const T *k_page = at(p.cache.k), *v_page = at(p.cache.v);
+      for (int64_t slot = from - begin; slot < stop - begin; ++slot) {
+        k[count] = k_page + slot * p.cache.k.stride_token;
+        v[count++] = v_page + slot * p.cache.v.stride_token;
+      }
     }
   }
+};
+
+// `next` is the chunk after this one: its keys are fetched while this one's values are summed, as these are while the
+// logits are computed.
+template <class T, class Q>
+void attend_chunk(const SparseDecodeParams& p, const AttendItem& item, const ChunkRows<T>& rows,
+                  const ChunkRows<T>& next, const Partials& partials) {
+  const int64_t head_dim = p.cache.head_dim, count = rows.count;
   float queries[Vec::kHeadTile * kMaxHeadDim], weights[Vec::kHeadTile * kChunkTokens];
   for (int64_t g = 0; g < p.group; g += Vec::kHeadTile) {
     const int64_t heads = p.group - g < Vec::kHeadTile ? p.group - g : Vec::kHeadTile;
@@ -100,20 +115,21 @@ void attend_chunk(const SparseDecodeParams& p, const AttendItem& item, const Par
         (Vec::load(q + d) * Vec::set1(p.scale)).store(queries + i * head_dim + d);
       }
     }
-    dots(k_rows, count, queries, heads, head_dim, weights, kChunkTokens);
+    const Ahead<T> ahead{next.k, g == 0 ? next.count : 0};
+    dots(rows.k, count, queries, heads, head_dim, weights, kChunkTokens, Ahead<T>{rows.v, g == 0 ? count : 0});
     for (int64_t i = 0; i < heads; ++i) softmax(weights + i * kChunkTokens, count, p.softcap, max + i, sum + i);
     switch (heads) {
       case 4:
-        weigh_rows<4>(v_rows, count, weights, head_dim, acc);
+        weigh_rows<4>(rows.v, rows.count, weights, head_dim, acc, ahead);
         break;
       case 3:
-        weigh_rows<3>(v_rows, count, weights, head_dim, acc);
+        weigh_rows<3>(rows.v, rows.count, weights, head_dim, acc, ahead);
         break;
       case 2:
-        weigh_rows<2>(v_rows, count, weights, head_dim, acc);
+        weigh_rows<2>(rows.v, rows.count, weights, head_dim, acc, ahead);
         break;
       default:
-        weigh_rows<1>(v_rows, count, weights, head_dim, acc);
+        weigh_rows<1>(rows.v, rows.count, weights, head_dim, acc, ahead);
     }
   }
 }
@@ -153,7 +169,14 @@ void attend_chunks(const SparseDecodeParams& p, const AttendItem* items, const P
                    int64_t end) {
   with_dtype(p.cache.dtype, [&]<class T>(const T*) {
     with_dtype(p.q_dtype, [&]<class Q>(const Q*) {
-      for (int64_t i = begin; i < end; ++i) attend_chunk<T, Q>(p, items[i], partials);
+      ChunkRows<T> rows[2];
+      rows[begin % 2].gather(p, items[begin]);
+      for (int64_t i = begin; i < end; ++i) {
+        ChunkRows<T>&now = rows[i % 2], &next = rows[(i + 1) % 2];
+        next.count = 0;
+        if (i + 1 < end) next.gather(p, items[i + 1]);
+        attend_chunk<T, Q>(p, items[i], now, next, partials);
+      }
     });
   });
 }

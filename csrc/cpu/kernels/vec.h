@@ -19,7 +19,8 @@ struct f16 {
   uint16_t bits;
 };
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Into L2: what comes next is more than L1 holds.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 #if defined(LIL_ISA_avx512)
 
