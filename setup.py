@@ -18,8 +18,10 @@ CUDA_ARCHS = "80;86;89;90;100;120"
 
 
 def cuda_archs(torch) -> str:
-    """This machine's GPUs; without one every architecture, or one alone where torch has no CUDA: the library is compiled
-    then to show that it does, and nothing there loads it."""
+    """This machine's GPUs, or every architecture where there is none.
+
+    One alone where torch has no CUDA: the library is then compiled to show that it does, and nothing there loads it.
+    """
     if torch.version.cuda is None:
         return "90"
     if torch.cuda.is_available():

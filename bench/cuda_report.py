@@ -45,6 +45,8 @@ def main() -> int:
     spilled = False
     print(f"{'kernel':60} {'arch':7} {'registers':>9} {'smem':>7} {'stack':>6} {'spills':>7}")
     build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+    if not any(build.glob("instances/*.cu")):
+        raise SystemExit(f"{build}: no instances there; build first (make does)")
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) + sorted(build.glob("instances/*.cu"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         logs = pool.map(lambda source: compile_log(source, archs), sources)

@@ -3,8 +3,8 @@
 
 Builds in place for the GPUs found, with the Python that runs this: it has a torch with CUDA and what pyproject.toml
 names for building and testing; nothing is installed. Then ``test`` runs the operators' test files (ARGUMENTS go to
-pytest, whose exit code is returned), ``sanitize`` runs some of them under compute-sanitizer's memcheck, and ``bench``
-runs bench/peers.py (ARGUMENTS go there).
+pytest, whose exit code is returned), ``sanitize`` runs some of them under compute-sanitizer (LIL_SANITIZER=memcheck,
+the default, racecheck, ...), and ``bench`` runs bench/peers.py (ARGUMENTS go there).
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ def operator_tests() -> list[str]:
 
 # A few cases of every kernel: under the sanitizer a test takes many times its time.
 SANITIZED = "cuda and (one_token or head_dims or groups_and_pages or many_pages or long or empty or values_out or gain)"
-SANITIZER = ["compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all"]
+SANITIZER = [
+    "compute-sanitizer",
+    "--tool",
+    os.environ.get("LIL_SANITIZER", "memcheck"),
+    "--error-exitcode",
+    "9",
+    "--target-processes",
+    "all",
+]
 
 
 def main(arguments: list[str]) -> int:

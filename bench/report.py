@@ -24,7 +24,8 @@ CUDA = """## CUDA
 
 {device}, {read_gb_s} GB/s read (a bf16 sum over 2 GB); torch {torch}, CUDA {cuda}; {date}, commit {commit};
 `{command}`. bf16, head_dim 128, page 16, budget 1024; shape A has 32 query and 8 KV heads, B 12 and 2. Microseconds of
-one layer: medians of CUDA-graph replays over enough distinct layers that L2 cannot help. *Limit*: bytes that must be
+one layer: medians of CUDA-graph replays over distinct layers (`layers` in the JSON; together the step touches three
+times the L2; attend, score or select alone may touch less than that). *Limit*: bytes that must be
 read, over the read bandwidth. *Gain*: append + dense over the sparse step, which appends as well; below 1 the sparse
 step loses.{peers}
 

@@ -49,9 +49,13 @@ def check_errors(device: torch.device | str | None = None) -> None:
         return
     take = ctypes.CDLL(str(_cuda_library)).lil_cuda_take_error
     take.restype = ctypes.c_char_p
-    for index in range(torch.cuda.device_count()) if device is None else [torch.device(device).index]:
-        index = torch.cuda.current_device() if index is None else index
-        torch.cuda.synchronize(index)
+    devices = range(torch.cuda.device_count())
+    if device is not None:
+        one = torch.device(device)
+        if one.type != "cuda":
+            return
+        devices = [torch.cuda.current_device() if one.index is None else one.index]
+    for index in devices:
         if message := take(index):
             raise RuntimeError(message.decode())
 

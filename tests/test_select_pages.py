@@ -50,6 +50,12 @@ def test_many_pages_and_strides(device):
     assert (pages.diff(dim=-1) > 0).all()
 
 
+@pytest.mark.parametrize("max_pages", [12288, 70000])
+def test_more_pages_than_are_kept_at_hand(device, max_pages):
+    scores = torch.randn(1, 2, max_pages, generator=torch.Generator().manual_seed(0)).to(device)
+    check(scores, [8 * max_pages - 3], 8, 512, sink=4, recent=64)
+
+
 def test_budget_over_the_sequence_selects_every_page(device):
     pages, counts = check(torch.randn(1, 2, 10, device=device), [150], 16, 4096)
     assert pages.shape == (1, 2, 10) and counts.tolist() == [[10, 10]]

@@ -31,6 +31,26 @@ def test_dense(device, dtype, head_dim):
     assert (out[2] == 0).all() and lse[2].isneginf().all()
 
 
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "group", "head_dim"), [(12, 8, 16, 128), (40, 2, 8, 256), (24, 4, 16, 96), (70, 1, 5, 64)]
+)
+def test_batches_of_many_heads(device, batch, kv_heads, group, head_dim):
+    """Where few splits share a head, each owns more elements than it has threads."""
+    lengths = [100 + 11 * b % 190 for b in range(batch)]
+    cache = paged(device, lengths, kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16)
+    check(cache, queries(device, batch, kv_heads * group, head_dim, torch.bfloat16))
+
+
+def test_the_table_may_be_wider_than_the_sequences(device):
+    """Capacities choose another way of merging, and not another result."""
+    cache = paged(device, [700, 33], kv_heads=2, head_dim=128, dtype=torch.bfloat16)
+    q = queries(device, 2, 8, 128, torch.bfloat16)
+    narrow = lil_ops.sparse_decode(*tensors(cache, q))
+    cache.page_table = torch.nn.functional.pad(cache.page_table, (0, 4000), value=-1)
+    wide = lil_ops.sparse_decode(*tensors(cache, q))
+    assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
+
+
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 12])
 def test_groups_and_pages(device, page_size, group):
@@ -96,6 +116,11 @@ def test_same_bits_every_run_and_on_any_number_of_threads(device):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1]) for out, lse in results)
+
+
+def test_scale_of_zero_is_the_mean(device):
+    cache = paged(device, [77])
+    check(cache, queries(device, 1, 4, 64), scale=0.0, softcap=5.0)
 
 
 def test_large_logits(device):

@@ -23,8 +23,8 @@ ScorePagesParams score_pages_params(const char* op, const Tensor& q, const Tenso
   check_shape(summary, op, "summary", "[num_pages, kv_heads, 2, head_dim]", {-1, -1, 2, head_dim});
   const int64_t num_pages = summary.size(0), kv_heads = summary.size(1);
   const DType summary_dtype = check_float_dtype(summary, op, "summary");
-  LIL_CHECK(kv_heads > 0 && q_heads % kv_heads == 0, op, "q", text("q_heads a multiple of kv_heads = ", kv_heads),
-            text(q_heads));
+  LIL_CHECK(kv_heads > 0 && q_heads > 0 && q_heads % kv_heads == 0, op, "q",
+            text("q_heads a multiple of kv_heads = ", kv_heads), text(q_heads));
   check_aligned(summary, op, "summary", Backend::kAlignment);
   check_page_size(page_size, op, "page_size");
   check_summary_mode(mode, op);

@@ -27,7 +27,7 @@ __global__ void append_kv_kernel(const __grid_constant__ AppendKvParams p, Error
     for (int32_t b = threadIdx.x; b < batch; b += blockDim.x) {
       const int32_t first = p.cu_seqlens[b], last = p.cu_seqlens[b + 1];
       if (first < 0 || first > last || last > p.tokens) {
-        report(errors, Op::kAppendKv, Wrong::kCuSeqlens, b, first > last ? last : first, p.tokens);
+        report(errors, Op::kAppendKv, Wrong::kCuSeqlens, b, first < 0 ? first : last, p.tokens);
       }
     }
   }
@@ -43,7 +43,7 @@ __global__ void append_kv_kernel(const __grid_constant__ AppendKvParams p, Error
 }  // namespace
 
 void append_kv(const AppendKvParams& p, const Tensor& on) {
-  if (p.tokens == 0) return;
+  if (p.tokens == 0 || p.cache.kv_heads == 0) return;
   const Launch launch(on);
   const dim3 grid((p.tokens + kWarps - 1) / kWarps, p.cache.kv_heads);
   with_dtype(p.cache.dtype,

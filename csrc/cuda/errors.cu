@@ -54,19 +54,31 @@ ErrorWord* error_word() {
 
 }  // namespace lil::cuda
 
-// The message of the device's first error since the last call, or null. The caller has synchronised the device.
+// Waits for the device; the message of its first error since the last call, or null. No context is made on a device
+// where no kernel has run.
 extern "C" __attribute__((visibility("default"))) const char* lil_cuda_take_error(int device) {
   using namespace lil::cuda;
-  static thread_local std::string text;
-  if (device < 0 || device >= kMaxDevices) return nullptr;
-  ErrorWord* const there = words[device].load(std::memory_order_relaxed);
-  if (there == nullptr) return nullptr;  // no kernel has run there
+  static thread_local std::string found_text;
+  ErrorWord* const there =
+      device < 0 || device >= kMaxDevices ? nullptr : words[device].load(std::memory_order_relaxed);
+  if (there == nullptr) return nullptr;
+  int before = 0;
   ErrorWord found{};
-  if (cudaMemcpy(&found, there, sizeof found, cudaMemcpyDefault) != cudaSuccess || found.wrong == Wrong::kNothing) {
+  const ErrorWord none{};
+  cudaError_t status = cudaGetDevice(&before);
+  if (status == cudaSuccess) status = cudaSetDevice(device);
+  if (status == cudaSuccess) status = cudaDeviceSynchronize();
+  if (status == cudaSuccess) status = cudaMemcpy(&found, there, sizeof found, cudaMemcpyDefault);
+  if (status == cudaSuccess && found.wrong != Wrong::kNothing) {
+    status = cudaMemcpy(there, &none, sizeof none, cudaMemcpyDefault);
+  }
+  cudaSetDevice(before);
+  if (status != cudaSuccess) {
+    found_text = lil::text("lil_ops.check_errors: ", cudaGetErrorString(status));
+  } else if (found.wrong != Wrong::kNothing) {
+    found_text = message(found);
+  } else {
     return nullptr;
   }
-  const ErrorWord none{};
-  if (cudaMemcpy(there, &none, sizeof none, cudaMemcpyDefault) != cudaSuccess) return nullptr;
-  text = message(found);
-  return text.c_str();
+  return found_text.c_str();
 }

@@ -4,7 +4,9 @@
 namespace lil::cuda {
 namespace {
 
-__global__ void guardian_check_kernel(GuardianCheckParams p) {
+__global__ void guardian_check_kernel(const __grid_constant__ GuardianCheckParams p) {
+  wait_for_previous();
+  let_next_start();
   const int64_t b = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (b < p.batch) guardian_check_one(p, b);
 }
@@ -14,8 +16,7 @@ __global__ void guardian_check_kernel(GuardianCheckParams p) {
 void guardian_check(const GuardianCheckParams& p, const Tensor& on) {
   constexpr int kThreads = 128;
   const Launch launch(on);
-  guardian_check_kernel<<<(p.batch + kThreads - 1) / kThreads, kThreads, 0, launch.stream>>>(p);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(guardian_check_kernel, dim3((p.batch + kThreads - 1) / kThreads), kThreads, 0, 1, p);
 }
 
 }  // namespace lil::cuda

@@ -2,7 +2,6 @@
 // (CMakeLists.txt makes the files from sparse_decode_mma.cu.in). `with_head_dim` picks the instance.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 
 #include "cuda/launch.cuh"
@@ -35,17 +34,6 @@ void with_head_dim(int64_t head_dim, F f) {
     case 256:
       return f(HeadDim<256>());
   }
-}
-
-// Raises the kernel's limit of dynamic shared memory on the current device, once for each larger size. What shared
-// memory does not take is L1, which holds the loads in flight: it is not asked for more than is used.
-template <auto Kernel>
-void allow_shared(size_t bytes) {
-  static std::atomic<size_t> allowed[kMaxDevices];
-  std::atomic<size_t>& there = allowed[current_device().index];
-  if (bytes <= 48 * 1024 || there.load(std::memory_order_relaxed) >= bytes) return;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-  there.store(bytes, std::memory_order_relaxed);
 }
 
 }  // namespace lil::cuda

@@ -8,6 +8,9 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <mutex>
+#include <stdexcept>
+
 #include "params.h"
 
 namespace lil::cuda {
@@ -15,8 +18,10 @@ namespace lil::cuda {
 using torch::stable::Tensor;
 
 // What the launchers ask of a device, read once.
+// major: of the code that runs there, which may be older than the device (PTX of an earlier architecture).
 struct Device {
   int index, sms, major;
+  size_t max_shared;  // bytes of shared memory a block can have
 };
 constexpr int kMaxDevices = 64;
 const Device& current_device();
@@ -31,6 +36,11 @@ struct Launch {
   // in place when the data is. So a kernel calls wait_for_previous() before it reads what others wrote.
   template <class Kernel, class... Args>
   void operator()(Kernel* kernel, dim3 grid, int threads, size_t shared_bytes, int cluster, const Args&... args) const {
+    constexpr unsigned kMost = 65535;
+    if (grid.y > kMost || grid.z > kMost) {
+      throw std::runtime_error(
+          "lil: on CUDA: expected at most 65535 sequences, and KV heads times blocks of query heads");
+    }
     cudaLaunchAttribute attributes[2];
     int count = 0;
     if (current_device().major >= 9) {
@@ -60,6 +70,21 @@ struct Launch {
     return static_cast<cudaStream_t>(stream);
   }
 };
+
+// Raises the kernel's limit of dynamic shared memory on the current device, once for each larger size (48 KB less the
+// kernel's static part need no leave). What shared memory does not take is L1, which holds the loads in flight: it is
+// not asked for more than is used.
+template <auto Kernel>
+void allow_shared(size_t bytes) {
+  static std::mutex mutex;
+  static size_t allowed[kMaxDevices];
+  if (bytes <= 32 * 1024) return;
+  const std::lock_guard lock(mutex);
+  size_t& there = allowed[current_device().index];
+  if (there >= bytes) return;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  there = bytes;
+}
 
 #if defined(__CUDACC__)
 __device__ inline void wait_for_previous() {

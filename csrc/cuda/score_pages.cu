@@ -16,15 +16,14 @@ void start(const ScorePagesParams& p, const AppendKvParams& append, size_t share
 
 void append_and_score(const AppendKvParams& append, const ScorePagesParams& p, const Tensor& on) {
   const Launch launch(on);
-  const bool mma = p.q_dtype == p.summary_dtype && p.q_dtype != DType::kFloat32;
+  const auto mma_shared = (p.group + kScoreHeads - 1) / kScoreHeads * 2 * p.head_dim / 32 * 32 * sizeof(uint4);
+  const bool mma =
+      p.q_dtype == p.summary_dtype && p.q_dtype != DType::kFloat32 && mma_shared <= current_device().max_shared;
   with_dtype(p.summary_dtype, [&]<class T>(const T*) {
     if constexpr (!std::is_same_v<T, float>) {
       if (mma) {
-        return with_head_dim(p.head_dim, [&]<class D>(D) {
-          const size_t head_blocks = (p.group + kScoreHeads - 1) / kScoreHeads;
-          start<score_pages_mma<T, D::value>>(p, append, head_blocks * (2 * D::value / 32) * 32 * sizeof(uint4),
-                                              launch);
-        });
+        return with_head_dim(p.head_dim,
+                             [&]<class D>(D) { start<score_pages_mma<T, D::value>>(p, append, mma_shared, launch); });
       }
     }
     start<score_pages_fma<T>>(p, append, kScoreHeads * 2 * p.head_dim * sizeof(float), launch);

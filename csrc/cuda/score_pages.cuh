@@ -27,7 +27,7 @@ struct ScoreGrid {
     const int64_t blocks_per_head = (p.pages.max_pages + kBlockPages - 1) / kBlockPages;
     // Enough blocks to fill the device several times over; beyond that a block takes more than one turn.
     const int64_t wanted = 8 * current_device().sms, all = blocks_per_head * p.kv_heads * p.batch;
-    tiles_per_warp = static_cast<int>(std::clamp<int64_t>(all / wanted, 1, std::min<int64_t>(8, blocks_per_head)));
+    tiles_per_warp = static_cast<int>(std::clamp<int64_t>(all / wanted, 1, std::clamp<int64_t>(blocks_per_head, 1, 8)));
     blocks = dim3(p.kv_heads, (blocks_per_head + tiles_per_warp - 1) / tiles_per_warp + append, p.batch);
   }
 };
@@ -72,7 +72,7 @@ __device__ const T* summary_row(const ScorePagesParams& p, const ScoreTile& tile
   return static_cast<const T*>(p.summary.data) + physical * p.summary.stride_page + h * p.summary.stride_head;
 }
 
-// [min(q, 0), max(q, 0)] of a head, elements d to d + 7 of its 2 * head_dim, times nothing: the scale comes last.
+// [min(q, 0), max(q, 0)] of a head, elements d to d + 7 of its 2 * head_dim, unscaled.
 template <class T, int D>
 __device__ uint4 split_query(const ScorePagesParams& p, int32_t b, int32_t h, int32_t g, int32_t d) {
   if (g >= p.group) return {0, 0, 0, 0};

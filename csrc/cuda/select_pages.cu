@@ -42,9 +42,9 @@ void select_pages(const SelectPagesParams& p, const Tensor& on) {
     allow_shared<select_pages_kernel<kStaged>>(shared);
     launch(select_pages_kernel<kStaged>, dim3(p.kv_heads, p.batch), kThreads, shared, 1, p, error_word());
   };
-  constexpr int64_t kMostStaged = 32768;
-  p.max_pages <= kMostStaged ? start.operator()<true>((p.max_pages + 3) / 4 * sizeof(uint4))
-                             : start.operator()<false>(0);
+  const size_t keys = (p.max_pages + 3) / 4 * sizeof(uint4);
+  const bool fits = keys + sizeof(SelectScratch) <= current_device().max_shared;
+  fits ? start.operator()<true>(keys) : start.operator()<false>(0);
 }
 
 }  // namespace lil::cuda

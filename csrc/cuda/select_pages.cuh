@@ -15,7 +15,7 @@ __device__ inline uint32_t score_key(float x) {
   return isnan(x) ? ~0u : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-struct SelectScratch {
+struct alignas(16) SelectScratch {
   uint32_t histogram[2][256];  // in turn: one is cleared while the other is read
   uint32_t low[32], high[32];  // one a warp
   uint32_t bin, above, in_bin, num_candidates;

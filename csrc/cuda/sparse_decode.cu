@@ -23,13 +23,14 @@ void attend(const SparseDecodeParams& p, const SelectPagesParams& select, const 
 
 void sparse_decode(const SparseDecodeParams& p, const Tensor& on) { attend(p, {}, on); }
 
-// Two launches: append and score, then select and attend.
+// Two launches (where a cluster merges the splits): append and score, then select and attend.
 void sparse_decode_step(const SparseDecodeStepParams& p, const Tensor& on) {
   append_and_score(p.append, p.score, on);
   // Shared memory holds the list of pages and the keys of all beside the rest; where they are more, a launch more costs
   // little beside the reading.
-  constexpr int64_t kMaxListed = 2048, kMaxScored = 16384;
-  if (p.select.capacity <= kMaxListed && p.select.max_pages <= kMaxScored) return attend(p.attend, p.select, on);
+  const Launch launch(on);  // the device is current
+  const int64_t max_listed = 2048, max_scored = current_device().max_shared > 160 * 1024 ? 16384 : 8192;
+  if (p.select.capacity <= max_listed && p.select.max_pages <= max_scored) return attend(p.attend, p.select, on);
   SelectPagesParams select = p.select;
   const auto [pages, counts] = select_pages_outputs(select, on);
   select_pages(select, on);

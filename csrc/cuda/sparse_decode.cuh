@@ -241,6 +241,7 @@ __device__ inline void write_result(const SparseDecodeParams& p, DType dtype, in
 // capacities.
 struct SplitPlan {
   int32_t warps, max_splits, head_blocks;
+  int32_t parts_words;  // shared memory of the warps' results, which the keys of a selection have before
 
   // 32-bit words of shared memory for a list made here, a multiple of 16 bytes.
   __host__ __device__ static int64_t list_words(const SelectPagesParams& select) {
@@ -329,8 +330,8 @@ __global__ void __launch_bounds__(256, 1)
       select_pages_of<true>(select_scratch, select, b, h, list.length, reinterpret_cast<uint32_t*>(parts), selected);
       list.entries = static_cast<int32_t>(select.capacity);
       list.pages = selected;
-      __syncthreads();
     }
+    __syncthreads();  // the list and the staged queries are complete; the keys are not needed any more
   } else if (p.selected) {
     list.entries = p.counts ? p.counts[b * p.cache.kv_heads + h] : static_cast<int32_t>(p.capacity);
     const bool bad = list.entries < 0 || list.entries > p.capacity;
@@ -363,12 +364,13 @@ __global__ void __launch_bounds__(256, 1)
     if (placed) {
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
+        for (float& logit : s[block]) logit *= p.scale;
         if (p.softcap > 0) {
-          for (float& logit : s[block]) logit = p.softcap * tanhf(logit * p.scale / p.softcap) / p.scale;
+          for (float& logit : s[block]) logit = p.softcap * tanhf(logit / p.softcap);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          s[block][i] = place.valid(i / 2, n) ? s[block][i] * p.scale * kLog2E : -INFINITY;
+          s[block][i] = place.valid(i / 2, n) ? s[block][i] * kLog2E : -INFINITY;
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -396,9 +398,8 @@ __global__ void __launch_bounds__(256, 1)
   }
   finding.report(errors, Op::kSparseDecode, b);
 
-  // Warps leave their results, in place of the keys that the selection staged there.
+  // Warps leave their results in place of the keys that the selection staged there.
   const Partials of_warp(parts, warps, kHeads);
-  if (kSelects) __syncthreads();
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
@@ -419,7 +420,7 @@ __global__ void __launch_bounds__(256, 1)
   // Every block of a cluster owns a share of the elements. The others send it theirs, so that after one barrier all is
   // at hand and nobody needs another's memory any more.
   const int32_t share = ceil_div(vectors, splits);
-  float* const inbox_data = parts + Partials::size(warps, kHeads, head_dim);
+  float* const inbox_data = parts + plan.parts_words;
   const int64_t head_block = static_cast<int64_t>(b) * gridDim.y + blockIdx.y;
   const Partials inbox(scratch ? scratch + head_block * Partials::size(splits, kHeads, head_dim) : inbox_data, splits,
                        kHeads);
@@ -449,15 +450,16 @@ __global__ void __launch_bounds__(256, 1)
     }
   }
   if (!in_cluster) return;
+  __syncwarp();
   cluster_arrive_release();
   cluster_wait();
-  const int32_t i = split * share + threadIdx.x;
-  if (threadIdx.x < share && i < vectors) {
-    const int32_t g = 4 * i / head_dim;
+#pragma unroll 1
+  for (int32_t t = threadIdx.x; t < min(share, vectors - split * share); t += blockDim.x) {
+    const int32_t i = split * share + t, g = 4 * i / head_dim;
     const Merged all = merge(
         splits, [&](int32_t s) { return inbox.max[s * kHeads + g]; },
         [&](int32_t s) { return inbox.sum[s * kHeads + g]; },
-        [&](int32_t s) { return reinterpret_cast<const float4*>(inbox.acc)[s * share + threadIdx.x]; });
+        [&](int32_t s) { return reinterpret_cast<const float4*>(inbox.acc)[s * share + t]; });
     write_result(p, Engine::out_dtype(p), first_row + g, 4 * i - g * head_dim, all);
   }
 }
@@ -503,12 +505,11 @@ void launch_sparse_decode(const SparseDecodeParams& p, const SelectPagesParams& 
 
   const bool cluster = splits > 1 && splits <= kMaxCluster && current_device().major >= 9;
   const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim);
-  // Results of the warps (first the keys of the selection), and in a cluster what the other blocks send.
-  const size_t parts = std::max<size_t>(Partials::size(plan.warps, Engine::kHeads, head_dim),
-                                        select.scores ? select_key_words(select) : 0);
+  plan.parts_words = static_cast<int32_t>(std::max<size_t>(Partials::size(plan.warps, Engine::kHeads, head_dim),
+                                                           select.scores ? select_key_words(select) : 0));
   const size_t inbox = cluster ? Partials::size(splits, Engine::kHeads, 0) + Engine::kHeads * head_dim + 4 * splits : 0;
   const size_t list = select.scores ? plan.list_words(select) : 0;
-  const size_t shared = Engine::kQueryBytes + (list + parts + inbox) * sizeof(float);
+  const size_t shared = Engine::kQueryBytes + (list + plan.parts_words + inbox) * sizeof(float);
   const dim3 grid(splits, p.cache.kv_heads * plan.head_blocks, p.batch);
   const auto start = [&]<bool kSelects>(float* scratch) {
     allow_shared<sparse_decode_kernel<Engine, kSelects>>(shared);
