@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct/model.gguf
 NATIVE := $(shell find csrc CMakeLists.txt setup.py pyproject.toml -type f 2>/dev/null)
-PROMPT := Solve the equation x^2 - 5x + 6 = 0. Explain each step, then check both solutions.
+PROMPT := How does a bill become a law in the United States? Explain every step.
 
 .PHONY: demo test test-gpu sanitize-gpu bench bench-gpu lint format cuda-report wheel wheel-test models clean
 
