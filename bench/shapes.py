@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lil_ops.cache import huge_pages
+
 KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, CONTEXT, BUDGET = 8, 4, 128, 16, 32768, 2048
 
 
@@ -20,15 +22,20 @@ class Case:
 
 
 def case(batch: int, dtype: torch.dtype = torch.bfloat16) -> Case:
-    """Full sequences of CONTEXT tokens whose pages lie in random order."""
+    """Full sequences of CONTEXT tokens whose pages lie in random order, in memory as `PagedKVCache` asks for it."""
     torch.manual_seed(0)
     pages = CONTEXT // PAGE_SIZE
-    k, v = (torch.randn(batch * pages, KV_HEADS, PAGE_SIZE, HEAD_DIM).to(dtype) for _ in range(2))
+
+    def random(*shape: int) -> torch.Tensor:
+        return huge_pages(torch.empty(shape, dtype=dtype)).copy_(torch.randn(shape))
+
+    k, v = (random(batch * pages, KV_HEADS, PAGE_SIZE, HEAD_DIM) for _ in range(2))
+    summary = huge_pages(torch.empty(batch * pages, KV_HEADS, 2, HEAD_DIM, dtype=dtype))
     return Case(
         q=torch.randn(batch, KV_HEADS * GROUP, HEAD_DIM).to(dtype),
         k=k,
         v=v,
-        summary=torch.stack([k.amin(2), k.amax(2)], 2),
+        summary=summary.copy_(torch.stack([k.amin(2), k.amax(2)], 2)),
         page_table=torch.randperm(batch * pages).int().view(batch, pages),
         seq_lens=torch.full((batch,), CONTEXT, dtype=torch.int32),
     )

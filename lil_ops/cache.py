@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +14,21 @@ from lil_ops import ops
 
 class OutOfPagesError(RuntimeError):
     """The pool has fewer free pages than a step needs. Nothing was written."""
+
+
+def huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Ask the operating system for huge memory pages under a contiguous CPU tensor that was not written yet.
+
+    A KV cache is read in no order: on small memory pages nearly every one of its pages misses the TLB. Only advice, for
+    Linux; elsewhere, and on other devices, nothing happens. Returns the tensor.
+    """
+    if tensor.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
+        huge = 1 << 21
+        first = -(-tensor.data_ptr() // huge) * huge
+        size = (tensor.data_ptr() + tensor.numel() * tensor.element_size() - first) // huge * huge
+        if size > 0:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    return tensor
 
 
 @dataclass
@@ -69,7 +86,7 @@ class PagedKVCache:
         shape = (self.num_pages, kv_heads, page_size, head_dim)
 
         def buffers(*shape: int) -> list[torch.Tensor]:
-            return [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            return [huge_pages(torch.empty(shape, dtype=dtype, device=device)) for _ in range(num_layers)]
 
         self.k, self.v = buffers(*shape), buffers(*shape)
         self.summary = buffers(self.num_pages, kv_heads, 2, head_dim) if summary else [None] * num_layers
