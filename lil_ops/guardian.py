@@ -1,8 +1,7 @@
 """The early stop: watch how much new information the generated tokens carry, and stop when it runs out.
 
 `Guardian` is the published rule (Hu et al., arXiv 2601.03043). `StopRule` and `StopState` are the interface under it,
-for other rules. State lives in preallocated tensors on the decode loop's device, and a check waits for nothing, so that
-it can be part of a CUDA graph.
+for other rules. State lives in preallocated tensors on the device it was started for, and a check waits for nothing.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def sparse_decode_step(
     """One decode step of a layer, the fast path: append one token a sequence, score, select and attend.
 
     The arguments are those of `append_kv`, `score_pages`, `select_pages` and `sparse_decode`, and so is the result, bit
-    for bit. On CUDA it takes two launches: append and score, then select and attend.
+    for bit. On CUDA (Hopper and newer) it takes two launches for most shapes: append and score, then select and attend.
 
     Args:
         q: ``[batch, q_heads, head_dim]``. k, v: ``[batch, kv_heads, head_dim]`` of the new token, in the cache's dtype.

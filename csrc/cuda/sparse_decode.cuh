@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(256, 1)
   list.start = p.window > 0 && p.window < list.length ? list.length - static_cast<int32_t>(p.window) : 0;
   list.entries = page_size.pages(list.length);
   if constexpr (kSelects) {
-    // Every block of the head selects for itself: cheaper than a launch, or than telling each other.
+    // Every block of the head selects for itself: no launch more, and no list through memory.
     __shared__ SelectScratch select_scratch;
     if (list.entries > select.capacity) {
       select_pages_of<true>(select_scratch, select, b, h, list.length, reinterpret_cast<uint32_t*>(parts), selected);
