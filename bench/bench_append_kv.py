@@ -9,13 +9,14 @@ import lil_ops
 PROMPT = 4096
 
 
-@pytest.mark.parametrize("variant", ["lil", "index_put"])
+@pytest.mark.parametrize("variant", ["lil", "lil meanstd", "lil float8", "index_put"])
 def test_append_one_token(measure, variant):
-    c = shapes.case(8)
+    c = shapes.case(8, shapes.FLOAT8 if "float8" in variant else torch.bfloat16)
     k, v = (torch.randn(8, shapes.KV_HEADS, shapes.HEAD_DIM).bfloat16() for _ in range(2))
+    mode = "meanstd" if "meanstd" in variant else "minmax"
 
     def lil():
-        lil_ops.append_kv(c.k, c.v, c.summary, k, v, c.page_table, c.seq_lens)
+        lil_ops.append_kv(c.k, c.v, c.summary, k, v, c.page_table, c.seq_lens, summary_mode=mode)
 
     def peer():
         last = c.seq_lens.long() - 1
@@ -23,7 +24,7 @@ def test_append_one_token(measure, variant):
         c.k[page, :, last % shapes.PAGE_SIZE] = k
         c.v[page, :, last % shapes.PAGE_SIZE] = v
 
-    measure("append_kv, one token, batch 8", variant, lil if variant == "lil" else peer, rounds=500)
+    measure("append_kv, one token, batch 8", variant, peer if variant == "index_put" else lil, rounds=500)
 
 
 @pytest.mark.parametrize("variant", ["lil", "index_put"])

@@ -8,16 +8,18 @@ import lil_ops
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("variant", ["lil", "four operators", "append + dense"])
+@pytest.mark.parametrize("variant", ["lil", "lil loss", "lil float8", "four operators", "append + dense"])
 def test_sparse_decode_step(measure, batch, variant):
-    c = shapes.case(batch)
+    c = shapes.case(batch, shapes.FLOAT8 if variant == "lil float8" else torch.bfloat16)
+    loss = torch.empty(batch, shapes.KV_HEADS * shapes.GROUP) if variant == "lil loss" else None
     k, v = (torch.randn(batch, shapes.KV_HEADS, shapes.HEAD_DIM).bfloat16() for _ in range(2))
 
     def append():
         lil_ops.append_kv(c.k, c.v, c.summary, k, v, c.page_table, c.seq_lens)
 
     def lil():
-        return lil_ops.sparse_decode_step(c.q, k, v, c.k, c.v, c.summary, c.page_table, c.seq_lens, shapes.BUDGET)
+        tables = c.page_table, c.seq_lens
+        return lil_ops.sparse_decode_step(c.q, k, v, c.k, c.v, c.summary, *tables, shapes.BUDGET, loss=loss)
 
     def four():
         append()
@@ -35,7 +37,7 @@ def test_sparse_decode_step(measure, batch, variant):
     measure(
         f"sparse_decode_step, batch {batch}",
         variant,
-        {"lil": lil, "four operators": four, "append + dense": dense}[variant],
+        {"four operators": four, "append + dense": dense}.get(variant, lil),
         bytes=batch * (shapes.CONTEXT * token if variant == "append + dense" else attended + summaries),
         rounds=30 if variant == "append + dense" else 200,
     )

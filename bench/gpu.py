@@ -3,12 +3,14 @@
 
 Builds in place for the GPUs found, with the Python that runs this: it has a torch with CUDA and what pyproject.toml
 names for building and testing; nothing is installed. Then ``test`` runs the operators' test files (ARGUMENTS go to
-pytest, whose exit code is returned), ``sanitize`` runs some of them under compute-sanitizer (LIL_SANITIZER=memcheck,
-the default, racecheck, ...), and ``bench`` runs bench/peers.py (ARGUMENTS go there).
+pytest, whose exit code is returned; LIL_RANDOM_CASES=10000 for so many random cases), ``sanitize`` runs some of them
+under each tool of compute-sanitizer (LIL_SANITIZER="memcheck racecheck" for some of the tools), and ``bench`` runs
+bench/peers.py (ARGUMENTS go there). Tests run in several processes where pytest-xdist is there.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -27,16 +29,13 @@ def operator_tests() -> list[str]:
 
 
 # A few cases of every kernel: under the sanitizer a test takes many times its time.
-SANITIZED = "cuda and (one_token or head_dims or groups_and_pages or many_pages or long or empty or values_out or gain)"
-SANITIZER = [
-    "compute-sanitizer",
-    "--tool",
-    os.environ.get("LIL_SANITIZER", "memcheck"),
-    "--error-exitcode",
-    "9",
-    "--target-processes",
-    "all",
-]
+SANITIZED = (
+    "cuda and (one_token or ragged or mean_and_deviation or many_pages or more_pages or long_sequence or empty or "
+    "values_out or only_at_interval or any_masses or selected_pages or test_float8_head_dims or loss_bounds or "
+    "in_a_row or test_meanstd_estimates or many_heads or test_random_cases)"
+)
+PROCESSES = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+TOOLS = os.environ.get("LIL_SANITIZER", "memcheck racecheck initcheck synccheck").split()
 
 
 def main(arguments: list[str]) -> int:
@@ -45,16 +44,20 @@ def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         raise SystemExit(f"bench/gpu.py: torch {torch.__version__} of {sys.executable} finds no GPU")
     what, *arguments = arguments
-    python = [sys.executable]
-    command = [*python, "-m", "pytest", *operator_tests()]
-    if what == "sanitize":
-        command = [*SANITIZER, *command, "-k", SANITIZED]
-    elif what == "bench":
-        command = [*python, str(ROOT / "bench" / "peers.py")]
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    for step in ([*python, "setup.py", "build_ext", "--inplace"], [*command, *arguments]):
-        code = subprocess.run(step, cwd=ROOT, env=environment).returncode
+    python = [sys.executable]
+    tests = [*python, "-m", "pytest", *PROCESSES, *operator_tests()]
+    if what == "bench":
+        commands = [[*python, str(ROOT / "bench" / "peers.py"), *arguments]]
+    elif what == "test":
+        commands = [[*tests, *arguments]]
+    else:
+        environment.setdefault("LIL_RANDOM_CASES", "20")
+        sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all", "--tool"]
+        commands = [[*sanitizer, tool, *tests, "-k", SANITIZED, *arguments] for tool in TOOLS]
+    for command in ([*python, "setup.py", "build_ext", "--inplace"], *commands):
+        code = subprocess.run(command, cwd=ROOT, env=environment).returncode
         if code:
             break
     return code

@@ -8,6 +8,7 @@ import torch
 
 from lil_ops.cache import huge_pages
 
+FLOAT8 = torch.float8_e4m3fn
 KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, CONTEXT, BUDGET = 8, 4, 128, 16, 32768, 2048
 
 
@@ -22,7 +23,10 @@ class Case:
 
 
 def case(batch: int, dtype: torch.dtype = torch.bfloat16) -> Case:
-    """Full sequences of CONTEXT tokens whose pages lie in random order, in memory as `PagedKVCache` asks for it."""
+    """Full sequences of CONTEXT tokens whose pages lie in random order, in memory as `PagedKVCache` asks for it.
+
+    Queries of a float8 cache are bf16.
+    """
     torch.manual_seed(0)
     pages = CONTEXT // PAGE_SIZE
 
@@ -31,11 +35,12 @@ def case(batch: int, dtype: torch.dtype = torch.bfloat16) -> Case:
 
     k, v = (random(batch * pages, KV_HEADS, PAGE_SIZE, HEAD_DIM) for _ in range(2))
     summary = huge_pages(torch.empty(batch * pages, KV_HEADS, 2, HEAD_DIM, dtype=dtype))
+    keys = k.bfloat16() if dtype == FLOAT8 else k  # the same values, which torch can compare
     return Case(
-        q=torch.randn(batch, KV_HEADS * GROUP, HEAD_DIM).to(dtype),
+        q=torch.randn(batch, KV_HEADS * GROUP, HEAD_DIM).to(keys.dtype),
         k=k,
         v=v,
-        summary=summary.copy_(torch.stack([k.amin(2), k.amax(2)], 2)),
+        summary=summary.copy_(torch.stack([keys.amin(2), keys.amax(2)], 2)),
         page_table=torch.randperm(batch * pages).int().view(batch, pages),
         seq_lens=torch.full((batch,), CONTEXT, dtype=torch.int32),
     )

@@ -4,6 +4,7 @@
 
 #include "api/append_kv.h"
 #include "api/guardian_check.h"
+#include "api/information_loss.h"
 #include "api/lz77_append.h"
 #include "api/score_pages.h"
 #include "api/select_pages.h"
@@ -15,11 +16,12 @@ STABLE_TORCH_LIBRARY(lil, m) {
   // Writes new tokens' K and V into the paged cache and renews the summaries of the pages they touch.
   m.def(
       "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? summary, Tensor k, Tensor v, Tensor page_table, "
-      "Tensor seq_lens, Tensor? cu_seqlens=None, *, str summary_mode=\"minmax\") -> ()");
+      "Tensor seq_lens, Tensor? cu_seqlens=None, *, str summary_mode=\"minmax\", Tensor? k_scale=None, "
+      "Tensor? v_scale=None) -> ()");
   // How much attention each page may receive, one number a (sequence, KV head, page).
   m.def(
       "score_pages(Tensor q, Tensor summary, Tensor page_table, Tensor seq_lens, int page_size, *, float? scale=None, "
-      "str summary_mode=\"minmax\") -> Tensor");
+      "str summary_mode=\"minmax\", Tensor? k_scale=None) -> Tensor");
   // The pages each KV head reads: sink, protected and recent pages, then the best scored, within the budget.
   m.def(
       "select_pages(Tensor scores, Tensor seq_lens, int page_size, int budget, *, int sink=0, int recent=1, "
@@ -27,12 +29,18 @@ STABLE_TORCH_LIBRARY(lil, m) {
   // Attention of one query token a sequence over the selected pages, or over all of them.
   m.def(
       "sparse_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, Tensor? pages=None, "
-      "Tensor? counts=None, *, float? scale=None, int window=0, float softcap=0.0) -> (Tensor out, Tensor lse)");
+      "Tensor? counts=None, *, float? scale=None, int window=0, float softcap=0.0, Tensor? k_scale=None, "
+      "Tensor? v_scale=None, Tensor(a!)? page_mass=None, Tensor(b!)? token_mass=None) -> (Tensor out, Tensor lse)");
+  // Share of the softmax mass that was not read, from the lse of what was and the scores of what was not.
+  m.def(
+      "information_loss(Tensor lse, Tensor scores, Tensor seq_lens, int page_size, Tensor pages, Tensor? counts=None, "
+      "*, float softcap=0.0) -> Tensor");
   // One decode step of a layer: append one token a sequence, score, select and attend, in as few launches as may be.
   m.def(
       "sparse_decode_step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) summary, "
       "Tensor page_table, Tensor seq_lens, int budget, *, int sink=0, int recent=1, Tensor? protected_lens=None, "
-      "float? scale=None, float softcap=0.0, str summary_mode=\"minmax\") -> (Tensor out, Tensor lse)");
+      "float? scale=None, float softcap=0.0, str summary_mode=\"minmax\", Tensor? k_scale=None, Tensor? v_scale=None, "
+      "Tensor(d!)? loss=None) -> (Tensor out, Tensor lse)");
   // Feeds new tokens to each sequence's LZ77 parse; returns its size in phrases and in bits.
   m.def(
       "lz77_append(Tensor(a!) state, Tensor tokens, Tensor? counts, int vocab_size) -> (Tensor phrases, Tensor bits)");
@@ -48,6 +56,7 @@ STABLE_TORCH_LIBRARY_IMPL(lil, CPU, m) {
   m.impl("score_pages", TORCH_BOX(&lil::score_pages<Backend>));
   m.impl("select_pages", TORCH_BOX(&lil::select_pages<Backend>));
   m.impl("sparse_decode", TORCH_BOX(&lil::sparse_decode<Backend>));
+  m.impl("information_loss", TORCH_BOX(&lil::information_loss<Backend>));
   m.impl("sparse_decode_step", TORCH_BOX(&lil::sparse_decode_step<Backend>));
   m.impl("lz77_append", TORCH_BOX(&lil::lz77_append<Backend>));
   m.impl("guardian_check", TORCH_BOX(&lil::guardian_check<Backend>));

@@ -5,7 +5,10 @@
 
 namespace lil {
 
-enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat8E4M3 };
+
+// What the two vectors of a page summary are.
+enum class SummaryMode : int32_t { kMinMax, kMeanStd };
 
 // Logical page of a sequence -> physical page of the cache. stride_h is 0 where all KV heads share one table.
 struct PageTable {
@@ -22,23 +25,34 @@ struct PagedBuffer {
   int64_t stride_page, stride_head, stride_token;
 };
 
+// What stored float8 values are multiplied by, one factor a KV head (stride_page 0) or a (page, KV head).
+struct Scale {
+  const float* data;  // null: 1
+  int64_t stride_page;
+
+  constexpr float at(int64_t physical, int64_t h) const { return data ? data[physical * stride_page + h] : 1.0f; }
+};
+
 struct KvCache {
   PagedBuffer k, v;
   int64_t num_pages, kv_heads, page_size, head_dim;
   DType dtype;
+  Scale k_scale, v_scale;
 };
 
 // Page summaries, [num_pages, kv_heads, 2, head_dim]; the last two dimensions are contiguous. data is null where the
-// caller keeps none.
+// caller keeps none. Summaries of float8 keys are of the stored values, before the scale.
 struct Summary {
   void* data;
   int64_t stride_page, stride_head;
+  SummaryMode mode;
 };
 
 struct AppendKvParams {
   KvCache cache;
   Summary summary;
   const void *k, *v;  // [tokens, kv_heads, head_dim]
+  DType k_dtype;      // the cache's, or a wider one where the cache is float8
   int64_t k_stride_token, k_stride_head, v_stride_token, v_stride_head;
   PageTable pages;
   const int32_t* seq_lens;    // [batch], this append included
@@ -51,6 +65,7 @@ struct ScorePagesParams {
   int64_t q_stride_b, q_stride_h;
   DType q_dtype, summary_dtype;
   Summary summary;
+  Scale k_scale;
   int64_t num_pages;
   PageTable pages;
   const int32_t* seq_lens;
@@ -90,6 +105,26 @@ struct SparseDecodeParams {
   float softcap;   // 0: none
   void* out;       // [batch, kv_heads * group, head_dim], contiguous, q's dtype
   float* lse;      // [batch, kv_heads * group], contiguous
+  // Share of the softmax mass of each entry of the list, or of each of its tokens, or null; capacity is that of the
+  // list, or max_pages where there is none.
+  float* page_mass;   // [batch, kv_heads * group, capacity], contiguous
+  float* token_mass;  // [batch, kv_heads * group, capacity * page_size], contiguous
+
+  constexpr int64_t entries_capacity() const { return selected ? capacity : table.max_pages; }
+};
+
+struct InformationLossParams {
+  const float* lse;     // [batch, kv_heads * group], contiguous
+  const float* scores;  // [batch, kv_heads, max_pages], last dimension contiguous
+  int64_t stride_b, stride_h;
+  const int32_t* seq_lens;
+  const int32_t* pages;  // [batch, kv_heads, capacity]; an empty list may be null
+  int64_t pages_stride_b, pages_stride_h;
+  const int32_t* counts;  // [batch, kv_heads], contiguous, or null: every entry of pages
+  int64_t capacity;
+  int64_t batch, kv_heads, group, max_pages, page_size;
+  float softcap;  // 0: none
+  float* loss;    // [batch, kv_heads * group], contiguous
 };
 
 // One decode step of a layer. The parts have the same q, cache, table and lengths. score.scores and select.scores are
@@ -99,6 +134,7 @@ struct SparseDecodeStepParams {
   ScorePagesParams score;
   SelectPagesParams select;
   SparseDecodeParams attend;
+  float* loss;  // [batch, kv_heads * group], contiguous, or null
 };
 
 struct Lz77AppendParams {

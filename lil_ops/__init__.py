@@ -13,6 +13,7 @@ from lil_ops.guardian import Guardian, StopReason
 from lil_ops.ops import (
     append_kv,
     guardian_check,
+    information_loss,
     lz77_append,
     lz77_state,
     score_pages,
@@ -39,6 +40,7 @@ __all__ = [
     "check_errors",
     "generate",
     "guardian_check",
+    "information_loss",
     "load_model",
     "lz77_append",
     "lz77_state",

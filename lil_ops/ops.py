@@ -3,7 +3,12 @@
 Every wrapper calls ``torch.ops.lil.<name>``, which can be used directly. ``lil_ops.reference`` defines each result in
 plain float64 PyTorch. Shapes name: ``batch`` sequences, ``q_heads = group * kv_heads``, ``head_dim`` in 64, 80, 96,
 128, 192, 256, ``page_size`` a power of two from 8 to 128. Lengths, tables and page ids are int32; caches and queries
-fp32, fp16 or bf16 (they may differ); arithmetic is fp32.
+fp32, fp16 or bf16 (they may differ), and caches may be float8_e4m3fn; arithmetic is fp32.
+
+A float8 cache holds ``x / scale``. ``k_scale`` and ``v_scale`` are the scales: float32, ``[kv_heads]``, or
+``[num_pages, kv_heads]`` with one for each physical page, all positive; None: 1. Operators only read them. The caller
+sets a page's scales before its first token is appended and leaves them alone while the page is in use. With another
+cache dtype a scale is an error.
 
 Errors: a wrong shape, dtype, device, stride or option raises RuntimeError ``lil::OPERATOR: ARGUMENT: expected ..., got
 ...`` and nothing is written. On the CPU so do lengths, page ids and token ids out of range.
@@ -34,18 +39,26 @@ def append_kv(
     cu_seqlens: torch.Tensor | None = None,
     *,
     summary_mode: str = "minmax",
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Write new tokens' keys and values into the paged cache and renew the summaries of the pages they touch.
 
     Args:
         k_cache, v_cache: ``[num_pages, kv_heads, page_size, head_dim]``, last dimension contiguous, other strides any
             (an NHD buffer works as a view); written.
-        summary: ``[num_pages, kv_heads, 2, head_dim]`` in the keys' dtype, last two dimensions contiguous; written; or
-            None. After the call each touched page's summary is exactly the min and max of the tokens it holds.
-        k, v: ``[tokens, kv_heads, head_dim]`` in the cache's dtype.
+        summary: ``[num_pages, kv_heads, 2, head_dim]`` in the cache's dtype, last two dimensions contiguous; written;
+            or None. After the call each touched page's summary is that of the tokens it holds, as they are stored
+            (float8: before the scale).
+        k, v: ``[tokens, kv_heads, head_dim]`` in the cache's dtype; for a float8 cache fp32, fp16 or bf16, both the
+            same.
         page_table: see the module. seq_lens: ``[batch]``, the new tokens included: they take the last places.
         cu_seqlens: ``[batch + 1]`` offsets of each sequence's new tokens in k and v; None: one token a sequence.
-        summary_mode: what a summary holds; ``"minmax"``.
+        summary_mode: what a summary holds: ``"minmax"``, the exact min and max of each element; ``"meanstd"``, its mean
+            and population standard deviation.
+        k_scale, v_scale: see the module. A float8 cache stores ``k / scale``, divided in float32, rounded to nearest
+            even, and saturated at +-448, infinities too; NaN stays NaN. (torch's own conversion may give NaN for what
+            is too large.)
 
     Equivalent PyTorch, for sequence b with n new tokens::
 
@@ -53,8 +66,21 @@ def append_kv(
             page, slot = divmod(int(seq_lens[b]) - n + j, page_size)
             k_cache[page_table[b, page], :, slot] = k[cu_seqlens[b] + j]     # v likewise
         summary[page_table[b, page]] = stack([keys.amin(1), keys.amax(1)], 1)  # keys: the page's valid tokens
+        # meanstd: keys.mean(1), keys.std(1, correction=0)
     """
-    _lil.append_kv(k_cache, v_cache, summary, k, v, page_table, seq_lens, cu_seqlens, summary_mode=summary_mode)
+    _lil.append_kv(
+        k_cache,
+        v_cache,
+        summary,
+        k,
+        v,
+        page_table,
+        seq_lens,
+        cu_seqlens,
+        summary_mode=summary_mode,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
 
 
 def score_pages(
@@ -66,6 +92,7 @@ def score_pages(
     *,
     scale: float | None = None,
     summary_mode: str = "minmax",
+    k_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score every page of every sequence for every KV head: how much attention it may receive.
 
@@ -74,7 +101,10 @@ def score_pages(
         scale: positive factor on the logits; default ``head_dim ** -0.5``, so that scores are in the units of
             `sparse_decode`'s lse.
         summary_mode: ``"minmax"`` is Quest's upper bound (Tang et al., arXiv 2406.10774): no key of the page has a
-            larger ``scale * q . k`` for any query head of the group.
+            larger ``scale * q . k`` for any query head of the group. ``"meanstd"`` estimates the log of the mean of
+            ``exp(scale * q . k)`` over the page's keys, as if they were normal with independent elements: the score
+            plus the log of the number of tokens estimates the page's own lse. It bounds nothing.
+        k_scale: the scales of float8 keys, see the module.
 
     Returns:
         ``[batch, kv_heads, max_pages]`` float32; pages past the end of a sequence, or not mapped, are -inf.
@@ -83,8 +113,13 @@ def score_pages(
 
         low, high = summary[page_table[b, p], h]
         score = scale * maximum(q[b, group] * low, q[b, group] * high).sum(-1).max()
+        # meanstd: mean, std = summary[page_table[b, p], h]
+        score = (scale * q[b, group] @ mean + 0.5 * scale**2 * q[b, group] ** 2 @ std**2).max()
+        # float8 keys: scale * k_scale of the page stands for scale
     """
-    return _lil.score_pages(q, summary, page_table, seq_lens, page_size, scale=scale, summary_mode=summary_mode)
+    return _lil.score_pages(
+        q, summary, page_table, seq_lens, page_size, scale=scale, summary_mode=summary_mode, k_scale=k_scale
+    )
 
 
 def select_pages(
@@ -135,6 +170,10 @@ def sparse_decode(
     scale: float | None = None,
     window: int = 0,
     softcap: float = 0.0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    page_mass: torch.Tensor | None = None,
+    token_mass: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one query token a sequence over the selected pages of a paged cache, or over all of them.
 
@@ -146,6 +185,12 @@ def sparse_decode(
         scale: factor on the logits; default ``head_dim ** -0.5``.
         window: only the last ``window`` tokens of a sequence may be read (sliding-window layers); 0: no limit.
         softcap: logits become ``softcap * tanh(logit / softcap)`` (Gemma 2); 0: they stay.
+        k_scale, v_scale: the scales of a float8 cache, see the module.
+        page_mass: ``[batch, q_heads, capacity]`` float32, contiguous; written; or None. The share of the softmax mass
+            that was read which each entry of the list has, in the order of the list; without a list, each page of the
+            table. 0 for entries of which nothing is read. Every element is written.
+        token_mass: ``[batch, q_heads, capacity * page_size]``, the same of each token of each entry. With or without
+            them, out and lse have the same bits.
 
     Returns:
         out ``[batch, q_heads, head_dim]`` in q's dtype; lse ``[batch, q_heads]`` float32, natural log of the sum of
@@ -158,10 +203,61 @@ def sparse_decode(
         k = k_cache[page_table[b, pages[b, h]], h].flatten(0, 1)    # v likewise; tokens past seq_lens[b] left out
         logits = scale * (k @ q[b, i])
         out, lse = logits.softmax(0) @ v, logits.logsumexp(0)
+        token_mass = exp(logits - lse)
+        page_mass = token_mass.view(-1, page_size).sum(-1)
     """
     return _lil.sparse_decode(
-        q, k_cache, v_cache, page_table, seq_lens, pages, counts, scale=scale, window=window, softcap=softcap
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        seq_lens,
+        pages,
+        counts,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        page_mass=page_mass,
+        token_mass=token_mass,
     )
+
+
+def information_loss(
+    lse: torch.Tensor,
+    scores: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_size: int,
+    pages: torch.Tensor,
+    counts: torch.Tensor | None = None,
+    *,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """The share of softmax mass on the pages that were not read, from the lse of those that were and scores of the
+    others.
+
+    With minmax scores of the same scale it is an upper bound, for every query head. With meanstd scores it is an
+    estimate; a group's score is its highest head's, so it leans upwards.
+
+    Args:
+        lse: ``[batch, q_heads]`` float32, contiguous, of `sparse_decode` over ``pages`` (each listed once), without a
+            window. scores: ``[batch, kv_heads, max_pages]`` float32 of `score_pages`, last dimension contiguous; -inf
+            is a page that is not mapped, which adds nothing. seq_lens: ``[batch]``.
+        pages, counts: what was read, as in `sparse_decode`; in any order.
+        softcap: that of `sparse_decode`; scores are without it.
+
+    Returns:
+        ``[batch, q_heads]`` float32, 0 to 1. 0 where every page was read; 1 where a head read nothing (lse -inf) and
+        there was something to read.
+
+    Equivalent PyTorch, for query head i of KV head h::
+
+        unread = [p for p in range(num_pages) if p not in pages[b, h, : counts[b, h]]]
+        mass = (tokens[unread] * exp(scores[b, h, unread])).sum()     # tokens: how many each page holds
+        loss = mass / (mass + exp(lse[b, i]))                         # computed from logarithms
+    """
+    return _lil.information_loss(lse, scores, seq_lens, page_size, pages, counts, softcap=softcap)
 
 
 def sparse_decode_step(
@@ -181,6 +277,9 @@ def sparse_decode_step(
     scale: float | None = None,
     softcap: float = 0.0,
     summary_mode: str = "minmax",
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    loss: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One decode step of a layer, the fast path: append one token a sequence, score, select and attend.
 
@@ -188,9 +287,12 @@ def sparse_decode_step(
     for bit. On CUDA (Hopper and newer) it takes two launches for most shapes: append and score, then select and attend.
 
     Args:
-        q: ``[batch, q_heads, head_dim]``. k, v: ``[batch, kv_heads, head_dim]`` of the new token, in the cache's dtype.
+        q: ``[batch, q_heads, head_dim]``. k, v: ``[batch, kv_heads, head_dim]`` of the new token, as in `append_kv`.
         k_cache, v_cache, summary: as in `append_kv`; written. seq_lens: ``[batch]``, at least 1: the new token is
             counted. budget, sink, recent, protected_lens: as in `select_pages`.
+        k_scale, v_scale: the scales of a float8 cache, see the module.
+        loss: ``[batch, q_heads]`` float32, contiguous; written; or None. `information_loss` of this step's lse, scores
+            and selection (on CUDA its sum may differ in the last bits).
 
     Returns:
         out ``[batch, q_heads, head_dim]`` in q's dtype; lse ``[batch, q_heads]`` float32, as `sparse_decode`.
@@ -200,7 +302,9 @@ def sparse_decode_step(
         append_kv(k_cache, v_cache, summary, k, v, page_table, seq_lens)
         scores = score_pages(q, summary, page_table, seq_lens, page_size, scale=scale)
         pages, counts = select_pages(scores, seq_lens, page_size, budget, sink=sink, recent=recent)
-        return sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, counts, scale=scale)
+        out, lse = sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, counts, scale=scale)
+        loss = information_loss(lse, scores, seq_lens, page_size, pages, counts)
+        return out, lse
     """
     return _lil.sparse_decode_step(
         q,
@@ -218,6 +322,9 @@ def sparse_decode_step(
         scale=scale,
         softcap=softcap,
         summary_mode=summary_mode,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        loss=loss,
     )
 
 
@@ -302,12 +409,12 @@ def guardian_check(
 
 
 @torch.library.register_fake("lil::append_kv")
-def _(k_cache, v_cache, summary, k, v, page_table, seq_lens, cu_seqlens=None, *, summary_mode="minmax"):
+def _(k_cache, v_cache, summary, k, v, page_table, seq_lens, cu_seqlens=None, **options):
     return None
 
 
 @torch.library.register_fake("lil::score_pages")
-def _(q, summary, page_table, seq_lens, page_size, *, scale=None, summary_mode="minmax"):
+def _(q, summary, page_table, seq_lens, page_size, **options):
     return q.new_empty((q.size(0), summary.size(1), page_table.size(-1)), dtype=torch.float32)
 
 
@@ -321,8 +428,13 @@ def _(scores, seq_lens, page_size, budget, *, sink=0, recent=1, protected_lens=N
 
 
 @torch.library.register_fake("lil::sparse_decode")
-def _(q, k_cache, v_cache, page_table, seq_lens, pages=None, counts=None, *, scale=None, window=0, softcap=0.0):
+def _(q, *args, **options):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("lil::information_loss")
+def _(lse, *args, **options):
+    return torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
 
 
 @torch.library.register_fake("lil::sparse_decode_step")

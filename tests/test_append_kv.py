@@ -1,6 +1,18 @@
 import pytest
 import torch
-from cases import DTYPES, PAGE_SIZES, paged
+from cases import (
+    DTYPES,
+    FLOAT8,
+    HEAD_DIMS,
+    OPCHECKS_OF_FLOAT8,
+    PAGE_SIZES,
+    SCALES,
+    TOLERANCE,
+    assert_same,
+    paged,
+    relative_error,
+    without_nan,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,20 +22,38 @@ from lil_ops import reference
 OPERATOR = "append_kv"
 
 
-def new_tokens(count, cache, seed=3):
+def new_tokens(count, cache, seed=3, dtype=None):
     g = torch.Generator().manual_seed(seed)
     shape = (count, cache.k.size(1), cache.k.size(3))
-    return [torch.randn(shape, generator=g).to(cache.k) for _ in range(2)]
+    return [torch.randn(shape, generator=g).to(cache.k.device, dtype or cache.k.dtype) for _ in range(2)]
 
 
-def check(cache, k, v, cu_seqlens=None, summary=True):
+def check(cache, k, v, cu_seqlens=None, summary=True, mode="minmax"):
+    """The reference's bits; means and standard deviations, which are computed, within the tolerance."""
     before = [cache.k.clone(), cache.v.clone(), cache.summary.clone() if summary else None]
-    expected = reference.append_kv(*before, k, v, cache.page_table, cache.seq_lens, cu_seqlens)
+    options = {"summary_mode": mode, **cache.scales}
+    expected = reference.append_kv(*before, k, v, cache.page_table, cache.seq_lens, cu_seqlens, **options)
     target = cache.summary if summary else None
-    lil_ops.append_kv(cache.k, cache.v, target, k, v, cache.page_table, cache.seq_lens, cu_seqlens)
-    for actual, want in zip([cache.k, cache.v, target], expected, strict=True):
-        if want is not None:
-            torch.testing.assert_close(actual, want, rtol=0, atol=0, equal_nan=True)
+    lil_ops.append_kv(cache.k, cache.v, target, k, v, cache.page_table, cache.seq_lens, cu_seqlens, **options)
+    for actual, want in zip([cache.k, cache.v], expected[:2], strict=True):
+        assert_same(actual, want)
+    if summary and mode == "minmax":
+        assert_same(target, expected[2])
+    elif summary:
+        for i in range(2):
+            check_computed(target[:, :, i], expected[2][:, :, i])
+
+
+def check_computed(actual, expected):
+    assert torch.equal(actual.float().isnan(), expected.float().isnan())
+    actual, expected = (without_nan(t) for t in (actual, expected))
+    if actual.dtype == FLOAT8:
+        # Means of float8 values are often halfway between two of them; float32 may take the other one.
+        places = [t.view(torch.int8).int() for t in (actual, expected)]
+        steps = torch.sub(*(torch.where(place < 0, -128 - place, place) for place in places))
+        assert steps.abs().max() <= 1 and (steps != 0).float().mean() < 0.02
+    else:
+        assert relative_error(actual, expected) < TOLERANCE[actual.dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -50,6 +80,128 @@ def test_ragged(device, lengths, page_size, head_dim, per_head, nhd, summary, da
     check(cache, *new_tokens(sum(added), cache), cu_seqlens, summary)
 
 
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_float8(device, dtype, head_dim, scales):
+    cache = paged(device, [1, 16, 17, 46], head_dim=head_dim, dtype=FLOAT8, scales=scales)
+    check(cache, *new_tokens(4, cache, dtype=dtype))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=4),
+    page_size=st.sampled_from([8, 16, 32]),
+    head_dim=st.sampled_from([64, 80, 96]),
+    dtype=st.sampled_from(DTYPES),
+    scales=st.sampled_from(SCALES),
+    mode=st.sampled_from(["minmax", "meanstd"]),
+    per_head=st.booleans(),
+    nhd=st.booleans(),
+    summary=st.booleans(),
+    data=st.data(),
+)
+def test_ragged_float8(device, lengths, page_size, head_dim, dtype, scales, mode, per_head, nhd, summary, data):
+    cache = paged(device, lengths, kv_heads=3, head_dim=head_dim, page_size=page_size, per_head=per_head, nhd=nhd,
+                  dtype=FLOAT8, scales=scales, summary_mode=mode)  # fmt: skip
+    added = [data.draw(st.integers(0, n)) for n in lengths]
+    cu_seqlens = torch.tensor([0, *torch.tensor(added).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    check(cache, *new_tokens(sum(added), cache, dtype=dtype), cu_seqlens, summary, mode)
+
+
+def special_values(device):
+    """Every float8 value, the middle between neighbours and what lies beside it, and what is out of range."""
+    every = torch.arange(127, dtype=torch.uint8).view(FLOAT8).float()
+    middles = (every[1:] + every[:-1]) / 2
+    beside = [torch.nextafter(middles, torch.full_like(middles, end)) for end in (0, 1000)]
+    large = torch.tensor([447.9, 448.0, 449.0, 463.9, 464.0, 464.1, 480.0, 1e4, 3e38, torch.inf, torch.nan, 1e-30])
+    values = torch.cat([every, middles, *beside, large])
+    values = torch.cat([values, -values])
+    return torch.nn.functional.pad(values, (0, -len(values) % 128)).view(-1, 1, 128).expand(-1, 2, -1).to(device)
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 0.3, 2.0**-9, 7.0])
+def test_float8_bits(device, scale):
+    """To the nearest, even among equals; saturating, infinities too (torch's own conversion may give NaN)."""
+    k = special_values(device)
+    cache = paged(device, [len(k)], head_dim=128, dtype=FLOAT8)
+    scales = None if scale is None else torch.full((2,), scale, device=device)
+    cu_seqlens = torch.tensor([0, len(k)], dtype=torch.int32, device=device)
+    lil_ops.append_kv(
+        cache.k, cache.v, cache.summary, k, -k, cache.page_table, cache.seq_lens, cu_seqlens, k_scale=scales
+    )
+    got_k, got_v = (t[cache.page_table[0, 0], 0, : len(k)] for t in (cache.k, cache.v))
+    for got, x in (
+        (got_k, k[:, 0] if scale is None else k[:, 0] / torch.tensor(scale, device=device)),
+        (got_v, -k[:, 0]),
+    ):
+        want = x.clamp(-448, 448).to(FLOAT8)
+        nan = x.isnan()
+        assert got.float().isnan().equal(nan)
+        assert got.view(torch.uint8)[~nan].equal(want.view(torch.uint8)[~nan])
+        assert (got.float()[x.abs() >= 448].abs() == 448).all()
+
+
+def test_a_scale_of_each_page_is_that_of_the_physical_page(device):
+    cache = paged(device, [9, 24], page_size=8, dtype=FLOAT8, scales="page")
+    cache.k_scale.fill_(torch.nan)
+    last = [cache.page_table[0, 1].item(), cache.page_table[1, 2].item()]
+    cache.k_scale[last] = torch.tensor([[1.0, 2.0], [4.0, 8.0]], device=device)
+    k = torch.full((2, 2, 64), 16.0, device=device)
+    lil_ops.append_kv(cache.k, cache.v, None, k, k, cache.page_table, cache.seq_lens, **cache.scales)
+    stored = cache.k.float()[last, :, [0, 7], 0]
+    assert stored.tolist() == [[16.0, 8.0], [4.0, 2.0]]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, FLOAT8])
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_mean_and_deviation(device, dtype, page_size):
+    cache = paged(device, [1, page_size, page_size + 1, 3 * page_size - 2], page_size=page_size, dtype=dtype)
+    check(cache, *new_tokens(4, cache, dtype=torch.float32 if dtype == FLOAT8 else dtype), mode="meanstd")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=4),
+    head_dim=st.sampled_from([64, 80, 192]),
+    dtype=st.sampled_from(DTYPES),
+    per_head=st.booleans(),
+    data=st.data(),
+)
+def test_ragged_mean_and_deviation(device, lengths, head_dim, dtype, per_head, data):
+    cache = paged(device, lengths, kv_heads=3, head_dim=head_dim, per_head=per_head, dtype=dtype)
+    added = [data.draw(st.integers(0, n)) for n in lengths]
+    cu_seqlens = torch.tensor([0, *torch.tensor(added).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    check(cache, *new_tokens(sum(added), cache), cu_seqlens, mode="meanstd")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, FLOAT8])
+def test_equal_keys_deviate_by_nothing(device, dtype):
+    """Rounding must not make the variance negative, nor leave a deviation where there is none."""
+    tokens = 13
+    cache = paged(device, [tokens], dtype=dtype)
+    key = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(0)) * 30
+    key = key.to(device, torch.float32 if dtype == FLOAT8 else dtype).expand(tokens, 2, 64)
+    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+    arguments = cache.k, cache.v, cache.summary, key, key, cache.page_table, cache.seq_lens, cu_seqlens
+    lil_ops.append_kv(*arguments, summary_mode="meanstd")
+    page = cache.page_table[0, 0]
+    mean, deviation, stored = cache.summary[page, :, 0], cache.summary[page, :, 1], cache.k[page, :, 0].float()
+    assert relative_error(mean.float(), stored) < 1e-6
+    assert (deviation.float() <= 1e-6 * stored.abs()).all() and (deviation.float() >= 0).all()
+
+
+def test_a_small_deviation_beside_a_large_mean(device):
+    cache = paged(device, [16])
+    page = cache.page_table[0, 0]
+    cache.k[page] = 1000 + 0.01 * torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    k = cache.k[page, :, 15][None].clone()
+    lil_ops.append_kv(cache.k, cache.v, cache.summary, k, k, cache.page_table, cache.seq_lens, summary_mode="meanstd")
+    keys = cache.k[page].double()
+    assert relative_error(cache.summary[page, :, 0], keys.mean(1)) < 1e-6
+    assert relative_error(cache.summary[page, :, 1], keys.std(1, correction=0)) < 1e-4
+
+
 def test_strided_tokens(device):
     cache = paged(device, [20, 5])
     k, v = (
@@ -65,14 +217,17 @@ def test_overwriting_a_token_renews_the_summary(device):
     assert cache.summary[cache.page_table[0, 0]].max() < 100
 
 
-def test_nan_key_stays_in_its_summary(device):
-    cache = paged(device, [16, 16])
-    k, v = new_tokens(2, cache)
+@pytest.mark.parametrize("mode", ["minmax", "meanstd"])
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT8])
+def test_nan_key_stays_in_its_summary(device, dtype, mode):
+    cache = paged(device, [16, 16], dtype=dtype)
+    k, v = new_tokens(2, cache, dtype=torch.float32)
     k[0, 0, 5] = torch.nan
-    lil_ops.append_kv(cache.k, cache.v, cache.summary, k, v, cache.page_table, cache.seq_lens)
+    lil_ops.append_kv(cache.k, cache.v, cache.summary, k, v, cache.page_table, cache.seq_lens, summary_mode=mode)
     first, second = cache.page_table[:, 0]
-    assert cache.summary[first, 0, :, 5].isnan().all()
-    assert cache.summary[first].isnan().sum() == 2 and not cache.summary[second].isnan().any()
+    nan = cache.summary.float().isnan()
+    assert nan[first, 0, :, 5].all()
+    assert nan[first].sum() == 2 and not nan[second].any()
 
 
 def test_copy_on_write_copies_get_storage_of_their_own(device):
@@ -96,7 +251,14 @@ def test_opcheck(device):
     k, v = new_tokens(2, cache)
     for summary in (cache.summary.nan_to_num(), None):
         args = (cache.k.nan_to_num(), cache.v.nan_to_num(), summary, k, v, cache.page_table, cache.seq_lens)
-        torch.library.opcheck(torch.ops.lil.append_kv.default, args)
+        torch.library.opcheck(torch.ops.lil.append_kv.default, args, {"summary_mode": "meanstd"})
+
+
+def test_opcheck_float8(device):
+    cache = paged(device, [20, 5], dtype=FLOAT8, scales="page")
+    buffers = (without_nan(t) for t in (cache.k, cache.v, cache.summary))
+    args = (*buffers, *new_tokens(2, cache, dtype=torch.bfloat16), cache.page_table, cache.seq_lens)
+    torch.library.opcheck(torch.ops.lil.append_kv.default, args, cache.scales, test_utils=OPCHECKS_OF_FLOAT8)
 
 
 BAD = {
@@ -123,26 +285,65 @@ BAD = {
     "page_table: expected a page from 0": lambda a: a.update(page_table=a["page_table"] * 0 - 1),
     "page_table: expected a page from 0 to": lambda a: a.update(page_table=a["page_table"] * 0 + 1000),
     "cu_seqlens: expected ascending": lambda a: a.update(cu_seqlens=a["seq_lens"].new_tensor([0, 2, 1])),
-    "summary_mode: expected 'minmax', got 'max'": lambda a: a.update(summary_mode="max"),
+    "summary_mode: expected 'minmax' or 'meanstd', got 'max'": lambda a: a.update(summary_mode="max"),
+    "k_scale: expected None where values are not stored as Float8": lambda a: a.update(k_scale=torch.ones(2)),
+    "v_scale: expected None where values are not stored as Float8": lambda a: a.update(v_scale=torch.ones(2)),
 }
 
 
 SEEN_ON_THE_DEVICE = [m for m in BAD if "from 0" in m or "0 to" in m or "at least the" in m or "ascending" in m]
 
 
-@pytest.mark.parametrize("message", BAD)
-def test_bad_input_writes_nothing(device, message):
-    """On CUDA what only the device sees is skipped, and told by check_errors; other sequences are written."""
-    cache = paged(device, [20, 5])
-    k, v = new_tokens(2, cache)
+def check_refused(cache, k, v, message, change):
     args = dict(k_cache=cache.k, v_cache=cache.v, summary=cache.summary, k=k, v=v, page_table=cache.page_table,
                 seq_lens=cache.seq_lens)  # fmt: skip
-    BAD[message](args)
+    change(args)
     before = [t.clone() for t in (cache.k, cache.v, cache.summary)]
     with pytest.raises(RuntimeError, match=f"lil::append_kv: {message}"):
         lil_ops.append_kv(**args)
         lil_ops.check_errors()
-    if device == "cuda" and message in SEEN_ON_THE_DEVICE:
+    if cache.k.is_cuda and message in SEEN_ON_THE_DEVICE:
         return
     for now, then in zip((cache.k, cache.v, cache.summary), before, strict=True):
-        torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+        assert_same(now, then)
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_writes_nothing(device, message):
+    """On CUDA what only the device sees is skipped, and told by check_errors; other sequences are written."""
+    cache = paged(device, [20, 5])
+    check_refused(cache, *new_tokens(2, cache), message, BAD[message])
+
+
+BAD_FLOAT8 = {
+    "k: expected dtype float32, float16 or bfloat16, got Float8": lambda a: a.update(k=a["k"].to(FLOAT8)),
+    "v: expected Float, got Half": lambda a: a.update(v=a["v"].half()),
+    "v_cache: expected Float8_e4m3fn, got Float": lambda a: a.update(v_cache=a["v_cache"].float()),
+    "k_cache: expected dtype": lambda a: a.update(
+        k_cache=a["k_cache"].view(torch.float8_e5m2), v_cache=a["v_cache"].view(torch.float8_e5m2)
+    ),
+    "summary: expected Float8_e4m3fn, got Float": lambda a: a.update(summary=a["summary"].float()),
+    "k_scale: expected Float, got Half": lambda a: a.update(k_scale=torch.ones(2, device=a["k"].device).half()),
+    "k_scale: expected shape": lambda a: a.update(k_scale=torch.ones(3, device=a["k"].device)),
+    "v_scale: expected shape": lambda a: a.update(v_scale=torch.ones(2, 2, device=a["k"].device)),
+    "v_scale: expected a contiguous": lambda a: a.update(
+        v_scale=torch.ones(2, len(a["v_cache"]), device=a["k"].device).T
+    ),
+    "summary_mode: expected 'minmax' or 'meanstd', got ''": lambda a: a.update(summary_mode=""),
+}
+
+
+@pytest.mark.parametrize("message", BAD_FLOAT8)
+def test_bad_input_of_float8_writes_nothing(device, message):
+    cache = paged(device, [20, 5], dtype=FLOAT8)
+    check_refused(cache, *new_tokens(2, cache, dtype=torch.float32), message, BAD_FLOAT8[message])
+
+
+def test_scale_on_another_device(device):
+    if device == "cpu":
+        pytest.skip("needs a second device")
+    cache = paged(device, [20, 5], dtype=FLOAT8)
+    change = {"k_scale": torch.ones(2)}
+    check_refused(
+        cache, *new_tokens(2, cache, dtype=torch.float32), "k_scale: expected device", lambda a: a.update(change)
+    )

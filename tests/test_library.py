@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, HEAD_DIMS, TOLERANCE, paged, queries, relative_error
+from cases import DTYPES, FLOAT8, HEAD_DIMS, TOLERANCE, paged, queries, relative_error, without_nan
 
 import lil_ops
 from lil_ops import reference
@@ -46,26 +46,43 @@ def test_build_info():
 def errors_against_the_reference():
     """Every kernel that is compiled for each instruction set, in all dtypes; runs in a process of its own."""
     errors = []
-    for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
-        cache = paged("cpu", [140, 1, 97], head_dim=head_dim, dtype=dtype)
-        q, k, v = (queries("cpu", 3, heads, head_dim, dtype, seed) for seed, heads in enumerate((10, 2, 2)))
-        tables = cache.page_table, cache.seq_lens
+    for dtype, mode, head_dim in itertools.product([*DTYPES, FLOAT8], ["minmax", "meanstd"], HEAD_DIMS):
+        cache = paged("cpu", [140, 1, 97], head_dim=head_dim, dtype=dtype, summary_mode=mode,
+                      scales="page" if dtype == FLOAT8 else None)  # fmt: skip
+        wide = torch.bfloat16 if dtype == FLOAT8 else dtype
+        q, k, v = (queries("cpu", 3, heads, head_dim, wide, seed) for seed, heads in enumerate((10, 2, 2)))
+        v = v * 100 if dtype == FLOAT8 else v  # some saturate
+        tables, scales = (cache.page_table, cache.seq_lens), cache.scales
+        scoring = {"summary_mode": mode, "k_scale": cache.k_scale}
         buffers = cache.k, cache.v, cache.summary
-        appended = reference.append_kv(*buffers, k, v, *tables)
-        lil_ops.append_kv(*buffers, k, v, *tables)
-        scores = lil_ops.score_pages(q, cache.summary, *tables, 16)
+        appended = reference.append_kv(*buffers, k, v, *tables, summary_mode=mode, **scales)
+        lil_ops.append_kv(*buffers, k, v, *tables, summary_mode=mode, **scales)
+        exact = 3 if mode == "minmax" else 2
+        scores = lil_ops.score_pages(q, cache.summary, *tables, 16, **scoring)
+        want_scores = reference.score_pages(q, cache.summary, *tables, 16, **scoring)
         budget = 16, 128
         pages = lil_ops.select_pages(scores, cache.seq_lens, *budget, sink=4, recent=20)
         chosen = reference.select_pages(scores, cache.seq_lens, *budget, sink=4, recent=20)
-        out, lse = lil_ops.sparse_decode(q, cache.k, cache.v, *tables, *pages)
-        want_out, want_lse = reference.sparse_decode(q, cache.k, cache.v, *tables, *chosen)
+        masses = {"page_mass": torch.empty(3, 10, 8), "token_mass": torch.empty(3, 10, 128)}
+        out, lse = lil_ops.sparse_decode(q, cache.k, cache.v, *tables, *pages, **scales, **masses)
+        want_out, want_lse = reference.sparse_decode(q, cache.k, cache.v, *tables, *chosen, **scales)
+        want_masses = reference.attention_mass(q, cache.k, *tables, *chosen, k_scale=cache.k_scale)
+        losing = lse, scores, cache.seq_lens, 16, *pages
+        loss, want_loss = lil_ops.information_loss(*losing), reference.information_loss(*losing)
         right = {
-            "append_kv": all(map(torch.equal, map(torch.nan_to_num, buffers), map(torch.nan_to_num, appended))),
-            "score_pages": relative_error(scores, reference.score_pages(q, cache.summary, *tables, 16)) < 1e-5,
+            "append_kv": all(
+                torch.equal(without_nan(a).float(), without_nan(b).float())
+                for a, b in zip(buffers[:exact], appended[:exact], strict=True)
+            )
+            and relative_error(*(without_nan(t[2]) for t in (buffers, appended))) < TOLERANCE[wide],
+            "score_pages": relative_error(scores, want_scores) < 1e-5,
             "select_pages": all(map(torch.equal, pages, chosen)),
-            "sparse_decode": relative_error(out, want_out) < TOLERANCE[dtype] and relative_error(lse, want_lse) < 1e-5,
+            "sparse_decode": relative_error(out, want_out) < TOLERANCE[wide]
+            and relative_error(lse, want_lse) < 1e-5
+            and all(relative_error(*both) < 1e-5 for both in zip(masses.values(), want_masses, strict=True)),
+            "information_loss": relative_error(loss, want_loss) < 1e-5,
         }
-        errors += [f"{operator}, {dtype}, head_dim {head_dim}" for operator, ok in right.items() if not ok]
+        errors += [f"{operator}, {dtype}, {mode}, head_dim {head_dim}" for operator, ok in right.items() if not ok]
     return errors
 
 

@@ -1,21 +1,39 @@
+import math
+
 import pytest
 import torch
-from cases import DTYPES, HEAD_DIMS, paged, queries, relative_error
+from cases import (
+    DTYPES,
+    FLOAT8,
+    HEAD_DIMS,
+    OPCHECKS_OF_FLOAT8,
+    PAGE_SIZES,
+    SCALES,
+    TOLERANCE,
+    paged,
+    queries,
+    relative_error,
+    without_nan,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lil_ops
 from lil_ops import reference
+from lil_ops.reference._pages import page_scale
 
 OPERATOR = "score_pages"
 
 
 def check(cache, q, page_size, **options):
     args = (q, cache.summary, cache.page_table, cache.seq_lens, page_size)
+    options["k_scale"] = cache.k_scale
     actual, expected = lil_ops.score_pages(*args, **options), reference.score_pages(*args, **options)
     assert actual.dtype == torch.float32 and actual.shape == expected.shape
-    # Scores are fp32 whatever the dtype read.
-    assert relative_error(actual, expected) < 1e-5
+    # Scores are fp32 whatever the dtype read; meanstd squares, which the tensor cores take in the queries' dtype.
+    tolerance = TOLERANCE[q.dtype] if options.get("summary_mode") == "meanstd" else 1e-5
+    assert relative_error(actual, expected) < tolerance
+    return actual
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -39,13 +57,93 @@ def test_any_shape(device, lengths, page_size, group, dtypes, per_head, seed):
     check(cache, queries(device, len(lengths), 2 * group, 64, dtypes[1], seed), page_size, scale=0.3)
 
 
-def test_is_an_upper_bound_of_every_logit(device):
-    cache = paged(device, [200], kv_heads=1)
+@pytest.mark.parametrize("mode", ["minmax", "meanstd"])
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_float8(device, dtype, head_dim, scales, mode):
+    cache = paged(device, [100, 1, 0, 700], head_dim=head_dim, dtype=FLOAT8, scales=scales, summary_mode=mode)
+    check(cache, queries(device, 4, 8, head_dim, dtype), 16, summary_mode=mode)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_meanstd(device, dtype, head_dim):
+    cache = paged(device, [100, 1, 0, 1500], head_dim=head_dim, dtype=dtype, summary_mode="meanstd")
+    check(cache, queries(device, 4, 8, head_dim, dtype), 16, summary_mode="meanstd")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=3),
+    page_size=st.sampled_from(PAGE_SIZES),
+    group=st.integers(1, 17),
+    dtypes=st.tuples(st.sampled_from([*DTYPES, FLOAT8]), st.sampled_from(DTYPES)),
+    scales=st.sampled_from(SCALES),
+    mode=st.sampled_from(["minmax", "meanstd"]),
+    per_head=st.booleans(),
+    scale=st.sampled_from([None, 0.01, 0.3]),
+    seed=st.integers(0, 99),
+)
+def test_any_mode(device, lengths, page_size, group, dtypes, scales, mode, per_head, scale, seed):
+    scales = scales if dtypes[0] == FLOAT8 else None
+    cache = paged(device, lengths, page_size=page_size, dtype=dtypes[0], per_head=per_head, seed=seed, scales=scales,
+                  summary_mode=mode)  # fmt: skip
+    q = queries(device, len(lengths), 2 * group, 64, dtypes[1], seed)
+    check(cache, q, page_size, scale=scale, summary_mode=mode)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["minmax", "meanstd"])
+def test_queries_that_are_large_or_small_beside_float8_keys(device, dtype, mode):
+    """bfloat16 reaches further than the halves that a GPU may multiply float8 as."""
+    cache = paged(device, [100, 90, 80], dtype=FLOAT8, scales="page", summary_mode=mode)
+    factors = torch.tensor([1e-3, 1.0, 1e3]) if dtype == torch.float16 else torch.tensor([1e-8, 1.0, 1e8])
+    q = (queries(device, 3, 4, 64) * factors[:, None, None].to(device)).to(dtype)
+    scores = lil_ops.score_pages(
+        q, cache.summary, cache.page_table, cache.seq_lens, 16, summary_mode=mode, k_scale=cache.k_scale
+    )
+    expected = reference.score_pages(
+        q, cache.summary, cache.page_table, cache.seq_lens, 16, summary_mode=mode, k_scale=cache.k_scale
+    )
+    for actual, want in zip(scores, expected, strict=True):
+        assert relative_error(actual, want) < (TOLERANCE[dtype] if mode == "meanstd" else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT8])
+@pytest.mark.parametrize("scales", SCALES)
+def test_is_an_upper_bound_of_every_logit(device, dtype, scales):
+    if dtype != FLOAT8 and scales:
+        pytest.skip("scales are for float8")
+    cache = paged(device, [200], kv_heads=1, dtype=dtype, scales=scales)
     q = queries(device, 1, 3, 64)
-    scores = lil_ops.score_pages(q, cache.summary, cache.page_table, cache.seq_lens, 16)[0, 0]
+    scores = check(cache, q, 16)[0, 0]
     for page in range(12):
-        keys = cache.k[cache.page_table[0, page], 0]
+        physical = cache.page_table[0, page]
+        keys = cache.k[physical, 0].float() * float(page_scale(cache.k_scale, physical, 0))
         assert (keys @ q[0].T / 8).max() <= scores[page] + 1e-5
+
+
+def test_meanstd_estimates_the_mass_of_a_page(device):
+    """Normal keys with independent elements, for which the formula is made: log of the mean of exp(logit)."""
+    page_size, pages = 128, 200
+    cache = paged(device, [page_size * pages], kv_heads=1, page_size=page_size, summary_mode="meanstd")
+    q = queries(device, 1, 1, 64)
+    scores = check(cache, q, page_size, summary_mode="meanstd")[0, 0, :pages]
+    logits = (cache.k[cache.page_table[0, :pages].long(), 0].double() @ q[0, 0].double()) / 8
+    exact = logits.logsumexp(-1) - math.log(page_size)
+    # Each page is a small sample; their mean is close.
+    assert (scores - exact).abs().mean() < 0.2 and abs((scores - exact).mean()) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, FLOAT8])
+def test_meanstd_of_pages_that_do_not_deviate(device, dtype):
+    """The logit itself: a page of one token."""
+    cache = paged(device, [1, 1], dtype=dtype, summary_mode="meanstd")
+    q = queries(device, 2, 2, 64, torch.float32)
+    scores = check(cache, q, 16, summary_mode="meanstd")[:, :, 0]
+    keys = cache.k.double()[cache.page_table[:, 0].long(), :, 0]
+    assert relative_error(scores, (q.double() * keys).sum(-1) / 8) < 1e-5
 
 
 def test_unmapped_page_scores_minus_infinity(device):
@@ -75,6 +173,11 @@ def test_opcheck(device):
     cache = paged(device, [40, 7])
     args = (queries(device, 2, 4, 64), cache.summary.nan_to_num(), cache.page_table, cache.seq_lens, 16)
     torch.library.opcheck(torch.ops.lil.score_pages.default, args)
+    torch.library.opcheck(torch.ops.lil.score_pages.default, args, {"summary_mode": "meanstd"})
+    cache = paged(device, [40, 7], dtype=FLOAT8, scales="page")
+    args = (args[0], without_nan(cache.summary), cache.page_table, cache.seq_lens, 16)
+    options = {"k_scale": cache.k_scale}
+    torch.library.opcheck(torch.ops.lil.score_pages.default, args, options, test_utils=OPCHECKS_OF_FLOAT8)
 
 
 BAD = {
@@ -89,7 +192,19 @@ BAD = {
     "seq_lens: expected 0 to": lambda a: a.update(seq_lens=a["seq_lens"] - 50),
     "page_size: expected a page size": lambda a: a.update(page_size=24),
     "scale: expected a positive number": lambda a: a.update(scale=-1.0),
-    "summary_mode: expected 'minmax'": lambda a: a.update(summary_mode="mean"),
+    "summary_mode: expected 'minmax' or 'meanstd', got 'mean'": lambda a: a.update(summary_mode="mean"),
+    "k_scale: expected None where values are not stored as Float8": lambda a: a.update(k_scale=torch.ones(2)),
+    "k_scale: expected Float, got Double": lambda a: a.update(
+        summary=a["summary"].to(FLOAT8), k_scale=torch.ones(2, device=a["q"].device).double()
+    ),
+    "k_scale: expected shape \\[num_pages, kv_heads\\]": lambda a: a.update(
+        summary=a["summary"].to(FLOAT8), k_scale=torch.ones(2, 2, device=a["q"].device)
+    ),
+    "k_scale: expected shape \\[kv_heads\\]": lambda a: a.update(
+        summary=a["summary"].to(FLOAT8), k_scale=torch.ones(4, device=a["q"].device)
+    ),
+    "q: expected dtype float32, float16 or bfloat16": lambda a: a.update(q=a["q"].to(FLOAT8)),
+    "summary: expected dtype float32, float16, bfloat16 or float8": lambda a: a.update(summary=a["summary"].int()),
 }
 
 

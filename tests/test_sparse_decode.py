@@ -1,6 +1,19 @@
 import pytest
 import torch
-from cases import DTYPES, HEAD_DIMS, PAGE_SIZES, TOLERANCE, paged, queries, relative_error
+from cases import (
+    DTYPES,
+    FLOAT8,
+    HEAD_DIMS,
+    OPCHECKS_OF_FLOAT8,
+    PAGE_SIZES,
+    SCALES,
+    TOLERANCE,
+    paged,
+    queries,
+    random_lists,
+    relative_error,
+    without_nan,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +28,7 @@ def tensors(cache, q):
 
 
 def check(cache, q, pages=None, counts=None, **options):
+    options |= cache.scales
     out, lse = lil_ops.sparse_decode(*tensors(cache, q), pages, counts, **options)
     want_out, want_lse = reference.sparse_decode(*tensors(cache, q), pages, counts, **options)
     assert out.dtype == q.dtype and lse.dtype == torch.float32
@@ -79,24 +93,244 @@ def test_selected_pages(
     cache = paged(
         device, lengths, kv_heads=2, page_size=page_size, dtype=kv_dtype, per_head=per_head, nhd=nhd, seed=seed
     )
-    g = torch.Generator().manual_seed(seed)
-    pages = torch.full((len(lengths), 2, 9), -1, dtype=torch.int32)
-    for b, n in enumerate(lengths):
-        pages[b] = torch.randint(-1, max(1, -(-n // page_size)), (2, 9), generator=g) if n else -1
-    counts = None
-    if with_counts:
-        counts = torch.randint(0, 10, (len(lengths), 2), generator=g, dtype=torch.int32)
-        pages[torch.arange(9) >= counts[..., None]] = 12345
+    pages, counts = random_lists(cache, 2, 9, seed, with_counts=with_counts)
     q = queries(device, len(lengths), 2 * group, 64, q_dtype, seed)
-    pages, counts = pages.to(device), None if counts is None else counts.to(device)
     check(cache, q, pages, counts, window=window, softcap=softcap, scale=0.2)
 
 
+@pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_float8(device, dtype, head_dim, scales):
+    cache = paged(device, [600, 1, 0, 257], head_dim=head_dim, dtype=FLOAT8, scales=scales)
+    check(cache, queries(device, 4, 8, head_dim, dtype))
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 12, 17])
+def test_float8_groups_and_pages(device, page_size, group):
+    cache = paged(device, [300, 77], page_size=page_size, dtype=FLOAT8, scales="page")
+    check(cache, queries(device, 2, 2 * group, 64, torch.bfloat16))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 400), min_size=1, max_size=3),
+    page_size=st.sampled_from([8, 16, 32, 128]),
+    group=st.integers(1, 6),
+    head_dim=st.sampled_from([64, 80, 128]),
+    q_dtype=st.sampled_from(DTYPES),
+    scales=st.sampled_from(SCALES),
+    per_head=st.booleans(),
+    nhd=st.booleans(),
+    listed=st.booleans(),
+    window=st.sampled_from([0, 30]),
+    softcap=st.sampled_from([0.0, 5.0]),
+    seed=st.integers(0, 999),
+)
+def test_float8_selected_pages(
+    device, lengths, page_size, group, head_dim, q_dtype, scales, per_head, nhd, listed, window, softcap, seed
+):
+    cache = paged(device, lengths, head_dim=head_dim, page_size=page_size, dtype=FLOAT8, scales=scales,
+                  per_head=per_head, nhd=nhd, seed=seed)  # fmt: skip
+    q = queries(device, len(lengths), 2 * group, head_dim, q_dtype, seed)
+    lists = random_lists(cache, 2, 9, seed) if listed else ()
+    check(cache, q, *lists, window=window, softcap=softcap, scale=0.2)
+
+
+def test_float8_is_as_its_real_values(device):
+    """Scales apart, a float8 cache is a float32 cache of the same values."""
+    cache = paged(device, [300, 77], dtype=FLOAT8)
+    q = queries(device, 2, 4, 64)
+    same = lil_ops.sparse_decode(q, cache.k.float(), cache.v.float(), cache.page_table, cache.seq_lens)
+    for actual, expected in zip(lil_ops.sparse_decode(*tensors(cache, q)), same, strict=True):
+        assert relative_error(actual, expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float8_scales_of_any_size(device, dtype):
+    """Values that are very small or large are scaled in float32; bfloat16 queries reach further than halves do."""
+    cache = paged(device, [100, 90, 80], dtype=FLOAT8)
+    factors = torch.tensor([1e-3, 1.0, 1e3]) if dtype == torch.float16 else torch.tensor([1e-8, 1.0, 1e8])
+    q = (queries(device, 3, 4, 64) * factors[:, None, None].to(device)).to(dtype)
+    cache.k_scale = torch.ones(len(cache.k), 2, device=device)
+    cache.v_scale = torch.ones(len(cache.k), 2, device=device)
+    for b in range(3):
+        physical = cache.page_table[b][cache.page_table[b] >= 0].long()
+        cache.k_scale[physical] = 1 / factors[b].to(device)
+        powers = torch.randint(-3, 4, (len(physical), 2), generator=torch.Generator().manual_seed(b))
+        cache.v_scale[physical] = (10.0**powers).to(device)
+    out, lse = lil_ops.sparse_decode(*tensors(cache, q), **cache.scales)
+    want_out, want_lse = reference.sparse_decode(*tensors(cache, q), **cache.scales)
+    for b in range(3):
+        assert relative_error(out[b], want_out[b]) < TOLERANCE[dtype]
+        assert relative_error(lse[b], want_lse[b]) < 1e-5
+
+
+def masses(cache, q, pages=None, *, which=("page", "token")):
+    """Outputs to be filled; NaN shows what is not written."""
+    capacity = cache.page_table.size(-1) if pages is None else pages.size(-1)
+    widths = {"page": capacity, "token": capacity * cache.k.size(2)}
+    return {f"{name}_mass": q.new_full((*q.shape[:2], widths[name]), torch.nan, dtype=torch.float32) for name in which}
+
+
+def check_masses(cache, q, pages=None, counts=None, **options):
+    options |= cache.scales
+    without = lil_ops.sparse_decode(*tensors(cache, q), pages, counts, **options)
+    want = reference.attention_mass(
+        q, cache.k, cache.page_table, cache.seq_lens, pages, counts,
+        **{name: value for name, value in options.items() if name != "v_scale"},
+    )  # fmt: skip
+    written = masses(cache, q, pages)
+    for outputs in (written, masses(cache, q, pages, which=["page"]), masses(cache, q, pages, which=["token"])):
+        out, lse = lil_ops.sparse_decode(*tensors(cache, q), pages, counts, **options, **outputs)
+        assert torch.equal(out, without[0]) and torch.equal(lse, without[1])
+        for name, mass in outputs.items():
+            assert torch.equal(mass, written[name])
+    for mass, expected in zip(written.values(), want, strict=True):
+        assert mass.isfinite().all() and (mass[expected == 0] == 0).all()
+        assert relative_error(mass, expected) < 1e-5
+    return *written.values(), lse
+
+
+@pytest.mark.parametrize("kv_dtype", [*DTYPES, FLOAT8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masses(device, dtype, kv_dtype):
+    cache = paged(device, [1000, 1, 0, 257], head_dim=128, dtype=kv_dtype)
+    page_mass, token_mass, _ = check_masses(cache, queries(device, 4, 8, 128, dtype))
+    for mass in (page_mass, token_mass):
+        torch.testing.assert_close(mass.sum(-1), cache.seq_lens.sign()[:, None].expand(4, 8).float())
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_masses_of_head_dims(device, head_dim):
+    cache = paged(device, [300, 77], head_dim=head_dim, dtype=torch.bfloat16)
+    q = queries(device, 2, 10, head_dim, torch.bfloat16)
+    check_masses(cache, q)
+    check_masses(cache, q, *random_lists(cache, 2, 7))
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 12, 17])
+def test_masses_of_groups_and_pages(device, page_size, group):
+    cache = paged(device, [300, 77], page_size=page_size, dtype=torch.bfloat16)
+    q = queries(device, 2, 2 * group, 64, torch.bfloat16)
+    check_masses(cache, q)
+    check_masses(cache, q, *random_lists(cache, 2, 7))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 400), min_size=1, max_size=3),
+    page_size=st.sampled_from(PAGE_SIZES),
+    group=st.integers(1, 6),
+    kv_dtype=st.sampled_from([*DTYPES, FLOAT8]),
+    q_dtype=st.sampled_from(DTYPES),
+    per_head=st.booleans(),
+    nhd=st.booleans(),
+    listed=st.sampled_from(["not", "all count", "counted"]),
+    holes=st.booleans(),
+    window=st.sampled_from([0, 1, 30, 1000]),
+    softcap=st.sampled_from([0.0, 5.0]),
+    seed=st.integers(0, 999),
+)
+def test_any_masses(
+    device, lengths, page_size, group, kv_dtype, q_dtype, per_head, nhd, listed, holes, window, softcap, seed
+):
+    scales = SCALES[seed % 3] if kv_dtype == FLOAT8 else None
+    cache = paged(device, lengths, page_size=page_size, dtype=kv_dtype, per_head=per_head, nhd=nhd, seed=seed,
+                  scales=scales)  # fmt: skip
+    if holes:
+        cache.page_table[..., ::3] = -1
+    lists = () if listed == "not" else random_lists(cache, 2, 9, seed, with_counts=listed == "counted")
+    q = queries(device, len(lengths), 2 * group, 64, q_dtype, seed)
+    check_masses(cache, q, *lists, window=window, softcap=softcap, scale=0.2)
+
+
+def test_masses_of_a_covering_list(device):
+    cache = paged(device, [1000, 15, 512], kv_heads=3, head_dim=128, dtype=torch.bfloat16)
+    q = queries(device, 3, 15, 128, torch.bfloat16)
+    scores = torch.randn(3, 3, cache.page_table.size(1), device=device)
+    pages, counts = lil_ops.select_pages(scores, cache.seq_lens, 16, 4096)
+    page_mass, token_mass, _ = check_masses(cache, q, pages, counts)
+    torch.testing.assert_close(page_mass.sum(-1), torch.ones(3, 15, device=device))
+    torch.testing.assert_close(token_mass.view(3, 15, -1, 16).sum(-1), page_mass)
+    dense = check_masses(cache, q)
+    assert torch.equal(page_mass, dense[0]) and torch.equal(token_mass, dense[1])
+
+
+def test_masses_of_a_long_sequence(device):
+    """More tokens than one block, split or chunk takes; and a table much wider than the sequences."""
+    cache = paged(device, [9000, 40], page_size=32, dtype=torch.bfloat16)
+    cache.page_table = torch.nn.functional.pad(cache.page_table, (0, 900), value=-1)
+    q = queries(device, 2, 4, 64, torch.bfloat16)
+    outputs = masses(cache, q)
+    _, lse = lil_ops.sparse_decode(*tensors(cache, q), **outputs)
+    keys = cache.k[cache.page_table[0, :282].long()].double().transpose(0, 1).flatten(1, 2)[:, :9000]
+    logits = torch.einsum("hgd,htd->hgt", q[0].double().view(2, 2, 64), keys).flatten(0, 1) / 8
+    assert relative_error(lse[0], logits.logsumexp(-1)) < 1e-5
+    token_mass = outputs["token_mass"]
+    assert relative_error(token_mass[0, :, :9000], logits.softmax(-1)) < 1e-5
+    assert (token_mass[0, :, 9000:] == 0).all() and (token_mass[1, :, 40:] == 0).all()
+    assert relative_error(outputs["page_mass"], token_mass.view(2, 4, -1, 32).double().sum(-1)) < 1e-6
+
+
+def test_masses_of_what_reads_nothing(device):
+    """A head whose list is empty, whose pages are not mapped, or whose logits are all -inf."""
+    cache = paged(device, [100, 100, 100, 0])
+    cache.page_table[0] = -1
+    q = queries(device, 4, 4, 64).abs()
+    cache.k[cache.page_table[1, :7], 0, :, 0] = -torch.inf
+    _, _, lse = check_masses(cache, q)
+    assert lse[0].isneginf().all() and lse[1, :2].isneginf().all() and lse[3].isneginf().all()
+    pages = torch.tensor([3, -1, 0], device=device, dtype=torch.int32).expand(4, 2, 3).contiguous()
+    pages[3] = -1
+    counts = torch.tensor([[3, 3], [3, 3], [0, 1], [3, 0]], device=device, dtype=torch.int32)
+    page_mass, _, lse = check_masses(cache, q, pages, counts)
+    assert (page_mass[2, :2] == 0).all() and lse[2, :2].isneginf().all()
+    assert page_mass[2, 2].tolist() == [1.0, 0.0, 0.0]
+    check_masses(cache, q, torch.empty((4, 2, 0), dtype=torch.int32, device=device))
+
+
+def test_masses_of_an_empty_batch(device):
+    cache = paged(device, [])
+    q = queries(device, 0, 4, 64)
+    lil_ops.sparse_decode(*tensors(cache, q), **masses(cache, q))
+
+
+def test_nan_stays_in_the_masses_of_its_sequence(device):
+    cache = paged(device, [40, 40])
+    q = queries(device, 2, 4, 64)
+    clean, outputs = masses(cache, q), masses(cache, q)
+    lil_ops.sparse_decode(*tensors(cache, q), **clean)
+    cache.k[cache.page_table[0, 1], 0, 3, 0] = torch.nan
+    lil_ops.sparse_decode(*tensors(cache, q), **outputs)
+    for name, mass in outputs.items():
+        assert mass[0, :2].isnan().any(-1).all()
+        assert torch.equal(mass[0, 2:], clean[name][0, 2:]) and torch.equal(mass[1], clean[name][1])
+
+
+def test_masses_are_the_same_in_every_run_and_on_any_number_of_threads(device):
+    cache = paged(device, [3000, 900], head_dim=128, dtype=torch.bfloat16)
+    q = queries(device, 2, 8, 128, torch.bfloat16)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            results.append(masses(cache, q))
+            lil_ops.sparse_decode(*tensors(cache, q), **results[-1])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results:
+        assert all(torch.equal(result[name], results[0][name]) for name in result)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, FLOAT8])
 @pytest.mark.parametrize("window", [0, 100])
 def test_covering_list_equals_dense_bit_for_bit(device, dtype, window):
     cache = paged(device, [1000, 15, 512], kv_heads=3, head_dim=128, dtype=dtype)
-    q = queries(device, 3, 15, 128, dtype)
+    q = queries(device, 3, 15, 128, torch.bfloat16 if dtype == FLOAT8 else dtype)
     scores = torch.randn(3, 3, cache.page_table.size(1), device=device)
     pages, counts = lil_ops.select_pages(scores, cache.seq_lens, 16, 4096)
     sparse = lil_ops.sparse_decode(*tensors(cache, q), pages, counts, window=window)
@@ -204,6 +438,12 @@ def test_opcheck(device):
         torch.ones((2, 2), dtype=torch.int32, device=device),
     )
     torch.library.opcheck(torch.ops.lil.sparse_decode.default, (*args, pages, counts), {"scale": 0.5})
+    for options in ({"which": ["page"]}, {"which": ["token"]}, {}):
+        outputs = {name: mass.nan_to_num() for name, mass in masses(cache, args[0], pages, **options).items()}
+        torch.library.opcheck(torch.ops.lil.sparse_decode.default, (*args, pages, counts), outputs)
+    cache = paged(device, [40, 7], dtype=FLOAT8, scales="head")
+    args = (args[0], without_nan(cache.k), without_nan(cache.v), cache.page_table, cache.seq_lens)
+    torch.library.opcheck(torch.ops.lil.sparse_decode.default, args, cache.scales, test_utils=OPCHECKS_OF_FLOAT8)
 
 
 BAD = {
@@ -225,7 +465,33 @@ BAD = {
     "counts: expected None": lambda a: a.update(pages=None),
     "window: expected": lambda a: a.update(window=-1),
     "softcap: expected": lambda a: a.update(softcap=-1.0),
+    "q: expected dtype float32, float16 or bfloat16": lambda a: a.update(q=a["q"].to(FLOAT8)),
+    "k_cache: expected dtype float32, float16, bfloat16 or float8": lambda a: a.update(k_cache=a["k_cache"].int()),
+    "v_cache: expected Float, got Float8": lambda a: a.update(v_cache=a["v_cache"].to(FLOAT8)),
+    "k_scale: expected None where values are not stored as Float8": lambda a: a.update(k_scale=torch.ones(2)),
+    "v_scale: expected None where values are not stored as Float8": lambda a: a.update(v_scale=torch.ones(2)),
+    "k_scale: expected Float, got BFloat16": lambda a: as_float8(a, k_scale=torch.ones(2).bfloat16()),
+    "k_scale: expected shape \\[kv_heads\\]": lambda a: as_float8(a, k_scale=torch.ones(1)),
+    "v_scale: expected shape \\[num_pages, kv_heads\\]": lambda a: as_float8(a, v_scale=torch.ones(2, 2)),
+    "v_scale: expected a contiguous": lambda a: as_float8(a, v_scale=torch.ones(2, len(a["v_cache"])).T),
+    "page_mass: expected Float, got Half": lambda a: a.update(page_mass=a["page_mass"].half()),
+    "page_mass: expected shape \\[batch, q_heads, capacity\\] = \\[2, 4, 1\\]": lambda a: a.update(
+        page_mass=a["token_mass"]
+    ),
+    "page_mass: expected shape \\[batch, q_heads, capacity\\] = \\[2, 4, 4\\]": lambda a: a.update(
+        pages=None, counts=None
+    ),
+    "token_mass: expected Float, got Double": lambda a: a.update(token_mass=a["token_mass"].double()),
+    "token_mass: expected shape": lambda a: a.update(token_mass=a["page_mass"]),
+    "token_mass: expected a contiguous": lambda a: a.update(
+        token_mass=a["token_mass"].transpose(1, 2).contiguous().transpose(1, 2)
+    ),
 }
+
+
+def as_float8(a, **scales):
+    a.update(k_cache=a["k_cache"].to(FLOAT8), v_cache=a["v_cache"].to(FLOAT8))
+    a.update({name: scale.to(a["q"].device) for name, scale in scales.items()})
 
 
 @pytest.mark.parametrize("message", BAD)
@@ -233,11 +499,19 @@ def test_bad_input(device, message):
     cache = paged(device, [40, 7])
     args = dict(q=queries(device, 2, 4, 64), k_cache=cache.k, v_cache=cache.v, page_table=cache.page_table,
                 seq_lens=cache.seq_lens, pages=torch.zeros((2, 2, 1), dtype=torch.int32, device=device),
-                counts=torch.ones((2, 2), dtype=torch.int32, device=device))  # fmt: skip
+                counts=torch.ones((2, 2), dtype=torch.int32, device=device),
+                page_mass=torch.full((2, 4, 1), 7.0, device=device),
+                token_mass=torch.full((2, 4, 16), 7.0, device=device))  # fmt: skip
+    outputs = args["page_mass"], args["token_mass"]
     BAD[message](args)
     with pytest.raises(RuntimeError, match=f"lil::sparse_decode: {message}"):
         lil_ops.sparse_decode(**args)
         lil_ops.check_errors()
+    if device == "cpu" or message not in SEEN_ON_THE_DEVICE:
+        assert all((mass == 7).all() for mass in outputs)
+
+
+SEEN_ON_THE_DEVICE = [m for m in BAD if "from 0" in m or "0 to" in m or "-1 or a page" in m]
 
 
 def test_wrong_device(device):
@@ -246,3 +520,7 @@ def test_wrong_device(device):
     cache = paged(device, [40])
     with pytest.raises(RuntimeError, match="lil::sparse_decode: q: expected device cuda:0, got cpu"):
         lil_ops.sparse_decode(*tensors(cache, queries("cpu", 1, 4, 64)))
+    q = queries(device, 1, 4, 64)
+    for name in ("page_mass", "token_mass"):
+        with pytest.raises(RuntimeError, match=f"lil::sparse_decode: {name}: expected device cuda:0, got cpu"):
+            lil_ops.sparse_decode(*tensors(cache, q), **{name: masses(cache, q)[name].cpu()})

@@ -1,31 +1,65 @@
 import pytest
 import torch
-from cases import DTYPES, HEAD_DIMS, PAGE_SIZES, TOLERANCE, paged, queries, relative_error
+from cases import (
+    DTYPES,
+    FLOAT8,
+    HEAD_DIMS,
+    OPCHECKS_OF_FLOAT8,
+    PAGE_SIZES,
+    SCALES,
+    TOLERANCE,
+    assert_same,
+    paged,
+    queries,
+    relative_error,
+    without_nan,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lil_ops
 from lil_ops import reference
 
-OPERATOR = "sparse_decode_step"
+OPERATORS = ["append_kv", "score_pages", "select_pages", "sparse_decode", "information_loss", "sparse_decode_step"]
 
 
 def step_arguments(cache, group, dtype=torch.float32, seed=0):
     """Arguments of a step that adds each sequence's last token anew."""
     batch, kv_heads, head_dim = len(cache.seq_lens), cache.k.size(1), cache.k.size(3)
     q = queries(cache.k.device, batch, kv_heads * group, head_dim, dtype, seed)
-    k, v = (queries(cache.k.device, batch, kv_heads, head_dim, cache.k.dtype, seed + i) for i in (1, 2))
+    kv_dtype = dtype if cache.k.dtype == FLOAT8 else cache.k.dtype
+    k, v = (queries(cache.k.device, batch, kv_heads, head_dim, kv_dtype, seed + i) for i in (1, 2))
     return q, k, v, cache.k, cache.v, cache.summary, cache.page_table, cache.seq_lens
 
 
-def four_operators(
-    q, k, v, k_cache, v_cache, summary, page_table, seq_lens, budget, *, scale=None, softcap=0.0, **options
+def five_operators(
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    summary,
+    page_table,
+    seq_lens,
+    budget,
+    *,
+    scale=None,
+    softcap=0.0,
+    summary_mode="minmax",
+    k_scale=None,
+    v_scale=None,
+    **options,
 ):
     page_size = k_cache.size(2)
-    lil_ops.append_kv(k_cache, v_cache, summary, k, v, page_table, seq_lens)
-    scores = lil_ops.score_pages(q, summary, page_table, seq_lens, page_size, scale=scale)
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    lil_ops.append_kv(k_cache, v_cache, summary, k, v, page_table, seq_lens, summary_mode=summary_mode, **scales)
+    scores = lil_ops.score_pages(
+        q, summary, page_table, seq_lens, page_size, scale=scale, summary_mode=summary_mode, k_scale=k_scale
+    )
     pages, counts = lil_ops.select_pages(scores, seq_lens, page_size, budget, **options)
-    return lil_ops.sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, counts, scale=scale, softcap=softcap)
+    attention = {"scale": scale, "softcap": softcap, **scales}
+    out, lse = lil_ops.sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, counts, **attention)
+    return out, lse, lil_ops.information_loss(lse, scores, seq_lens, page_size, pages, counts, softcap=softcap)
 
 
 def copies(arguments):
@@ -33,13 +67,23 @@ def copies(arguments):
     return q, k, v, *(b.clone() for b in buffers), page_table, seq_lens
 
 
+def empty_loss(q):
+    """To be filled; NaN shows what is not written."""
+    return q.new_full(q.shape[:2], torch.nan, dtype=torch.float32)
+
+
 def check(arguments, budget, **options):
-    """Equal to the four operators bit for bit, buffers included."""
-    apart = copies(arguments)
-    want = four_operators(*apart, budget, **options)
+    """Equal to the operators bit for bit, buffers included, and the same with the loss asked for as without."""
+    apart, losing, loss = copies(arguments), copies(arguments), empty_loss(arguments[0])
+    *want, want_loss = five_operators(*apart, budget, **options)
     got = lil_ops.sparse_decode_step(*arguments, budget, **options)
-    for a, b in zip((*got, *arguments[3:6]), (*want, *apart[3:6]), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    with_loss = lil_ops.sparse_decode_step(*losing, budget, loss=loss, **options)
+    for a, b, c in zip((*got, *arguments[3:6]), (*want, *apart[3:6]), (*with_loss, *losing[3:6]), strict=True):
+        assert_same(a, b)
+        assert_same(c, b)
+    # On CUDA the step adds up the masses of unread pages in another order.
+    tolerance = {"rtol": 1e-5, "atol": 1e-30} if loss.is_cuda else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(loss, want_loss, equal_nan=True, **tolerance)
     return got
 
 
@@ -61,16 +105,19 @@ def test_groups_and_pages(device, page_size, group):
 @given(
     lengths=st.lists(st.integers(1, 700), min_size=1, max_size=3),
     group=st.integers(1, 5),
-    kv_dtype=st.sampled_from(DTYPES),
+    kv_dtype=st.sampled_from([*DTYPES, FLOAT8]),
     q_dtype=st.sampled_from(DTYPES),
+    mode=st.sampled_from(["minmax", "meanstd"]),
     per_head=st.booleans(),
     nhd=st.booleans(),
     protect=st.booleans(),
     softcap=st.sampled_from([0.0, 5.0]),
     seed=st.integers(0, 999),
 )
-def test_any(device, lengths, group, kv_dtype, q_dtype, per_head, nhd, protect, softcap, seed):
-    cache = paged(device, lengths, dtype=kv_dtype, per_head=per_head, nhd=nhd, seed=seed)
+def test_any(device, lengths, group, kv_dtype, q_dtype, mode, per_head, nhd, protect, softcap, seed):
+    scales = SCALES[seed % 3] if kv_dtype == FLOAT8 else None
+    cache = paged(device, lengths, dtype=kv_dtype, per_head=per_head, nhd=nhd, seed=seed, scales=scales,
+                  summary_mode=mode)  # fmt: skip
     protected_lens = torch.tensor([n // 3 for n in lengths], dtype=torch.int32, device=device) if protect else None
     check(
         step_arguments(cache, group, q_dtype, seed),
@@ -80,7 +127,26 @@ def test_any(device, lengths, group, kv_dtype, q_dtype, per_head, nhd, protect, 
         protected_lens=protected_lens,
         scale=0.2,
         softcap=softcap,
+        summary_mode=mode,
+        **cache.scales,
     )
+
+
+@pytest.mark.parametrize("mode", ["minmax", "meanstd"])
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_float8_head_dims(device, head_dim, scales, mode):
+    cache = paged(device, [1000, 1, 257, 16], head_dim=head_dim, dtype=FLOAT8, scales=scales, summary_mode=mode)
+    options = {"sink": 4, "recent": 20, "summary_mode": mode, **cache.scales}
+    check(step_arguments(cache, 4, torch.bfloat16), 256, **options)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, FLOAT8])
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_meanstd_pages(device, page_size, dtype):
+    cache = paged(device, [1500, 77], page_size=page_size, dtype=dtype, summary_mode="meanstd")
+    arguments = step_arguments(cache, 3, torch.bfloat16 if dtype == FLOAT8 else dtype)
+    check(arguments, 512, summary_mode="meanstd")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -88,11 +154,23 @@ def test_reference(device, dtype):
     # Few pages, whose scores lie far apart: float32 and float64 choose alike.
     cache = paged(device, [300, 40], dtype=dtype)
     arguments = step_arguments(cache, 4, dtype)
-    out, lse, *buffers = reference.sparse_decode_step(*copies(arguments), 96, sink=4)
-    got = lil_ops.sparse_decode_step(*arguments, 96, sink=4)
-    assert relative_error(got[0], out) < TOLERANCE[dtype] and relative_error(got[1], lse) < 1e-5
+    out, lse, *buffers, loss = reference.sparse_decode_step(*copies(arguments), 96, sink=4)
+    got = *lil_ops.sparse_decode_step(*arguments, 96, sink=4, loss=(lost := empty_loss(out))), lost
+    assert relative_error(got[0], out) < TOLERANCE[dtype]
+    assert relative_error(got[1], lse) < 1e-5 and relative_error(got[2], loss) < 1e-5
     for a, b in zip(arguments[3:6], buffers, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        assert_same(a, b)
+
+
+def test_reference_of_float8(device):
+    cache = paged(device, [300, 40], dtype=FLOAT8, scales="page")
+    arguments = step_arguments(cache, 4)
+    out, lse, *buffers, loss = reference.sparse_decode_step(*copies(arguments), 96, sink=4, **cache.scales)
+    lost = empty_loss(out)
+    got = *lil_ops.sparse_decode_step(*arguments, 96, sink=4, **cache.scales, loss=lost), lost
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, (out, lse, loss), strict=True))
+    for a, b in zip(arguments[3:6], buffers, strict=True):
+        assert_same(a, b)
 
 
 def test_long_sequences(device):
@@ -108,27 +186,70 @@ def test_a_covering_budget_is_dense_attention(device):
     out, lse = lil_ops.sparse_decode_step(*arguments, 4096)
     dense = lil_ops.sparse_decode(arguments[0], *arguments[3:5], *arguments[6:])
     assert torch.equal(out, dense[0]) and torch.equal(lse, dense[1])
+    loss = empty_loss(out)
+    lil_ops.sparse_decode_step(*arguments, 4096, loss=loss)
+    assert (loss == 0).all()
+
+
+def test_the_loss_bounds_what_was_not_read(device):
+    cache = paged(device, [1000, 300], head_dim=128, dtype=torch.bfloat16)
+    arguments = step_arguments(cache, 4, torch.bfloat16)
+    scale, losses = 0.01, []  # with flatter logits the bound is not near 1
+    for budget in (64, 256, 800):
+        loss = empty_loss(arguments[0])
+        _, lse = lil_ops.sparse_decode_step(*arguments, budget, scale=scale, loss=loss)
+        _, everything = lil_ops.sparse_decode(arguments[0], *arguments[3:5], *arguments[6:], scale=scale)
+        assert (loss >= 1 - (lse - everything).exp() - 1e-5).all()
+        losses.append(loss)
+    assert (losses[0] > losses[1]).all() and (losses[1] > losses[2]).any() and (losses[2][1] == 0).all()
+
+
+def test_the_loss_beside_a_page_whose_bound_is_far_off(device):
+    """Its score is hundreds above the others, and its logits are not: what is unread still weighs."""
+    cache = paged(device, [200, 200])
+    arguments = step_arguments(cache, 2)
+    q, *_, page_table, _ = arguments
+    q[..., 0] = q[..., 1] = 1.0
+    for b, size in enumerate([300.0, 2000.0]):
+        page = page_table[b, 3]
+        # Half of the keys are size * (1, -1, ...) and half -size * (1, -1, ...): q . k has none of it.
+        sign = torch.ones(16, device=device)
+        sign[::2] = -1
+        cache.k[page, :, :, 0], cache.k[page, :, :, 1] = sign * size, -sign * size
+        cache.summary[page, :, 0], cache.summary[page, :, 1] = cache.k[page].amin(1), cache.k[page].amax(1)
+    loss = empty_loss(q)
+    lil_ops.sparse_decode_step(*copies(arguments), 32, loss=loss)
+    assert (loss > 0.5).all()
+    check(arguments, 32)
 
 
 def test_a_graph_stays_right_while_lengths_grow(device):
     if device == "cpu":
         pytest.skip("CUDA graphs")
-    cache = paged(device, [600, 90], head_dim=128, dtype=torch.bfloat16)
-    cache.seq_lens -= torch.tensor([560, 85], dtype=torch.int32, device=device)
+    replays = 1000
+    cache = paged(device, [40 + replays, 5 + replays], head_dim=128, dtype=torch.bfloat16)
+    cache.seq_lens -= replays
     eager = copies(step_arguments(cache, 4, torch.bfloat16))
     replayed = copies(eager)
     lengths, seq_lens = cache.seq_lens.clone(), cache.seq_lens.clone()
     eager, replayed = (*eager[:-1], lengths), (*replayed[:-1], seq_lens)
-    lil_ops.sparse_decode_step(*copies(replayed), 64)
+    loss, want_loss = empty_loss(eager[0]), empty_loss(eager[0])
+    lil_ops.sparse_decode_step(*copies(replayed), 64, loss=loss)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         seq_lens.add_(1)
-        result = lil_ops.sparse_decode_step(*replayed, 64)
-    for _ in range(80):
+        result = lil_ops.sparse_decode_step(*replayed, 64, loss=loss)
+    different = torch.zeros(3, dtype=torch.int32, device=device)  # read once, at the end
+    for _ in range(replays):
         lengths.add_(1)
-        want = lil_ops.sparse_decode_step(*eager, 64)
+        want = lil_ops.sparse_decode_step(*eager, 64, loss=want_loss)
         graph.replay()
-        assert torch.equal(result[0], want[0]) and torch.equal(result[1], want[1])
+        for i, (a, b) in enumerate(zip((*result, loss), (*want, want_loss), strict=True)):
+            different[i] += (a != b).any()
+    assert different.tolist() == [0, 0, 0]
+    assert seq_lens.tolist() == [40 + replays, 5 + replays] and (loss > 0).all()
+    for a, b in zip(replayed[3:6], eager[3:6], strict=True):
+        assert_same(a, b)
 
 
 def test_empty_batch(device):
@@ -141,6 +262,15 @@ def test_opcheck(device):
     q, k, v, *buffers, page_table, seq_lens = step_arguments(cache, 2)
     arguments = (q, k, v, *(b.nan_to_num() for b in buffers), page_table, seq_lens, 64)
     torch.library.opcheck(torch.ops.lil.sparse_decode_step.default, arguments, {"sink": 4})
+    loss = empty_loss(q).nan_to_num()
+    torch.library.opcheck(
+        torch.ops.lil.sparse_decode_step.default, arguments, {"loss": loss, "summary_mode": "meanstd"}
+    )
+    cache = paged(device, [100, 7], dtype=FLOAT8, scales="page")
+    q, k, v, *buffers, page_table, seq_lens = step_arguments(cache, 2)
+    arguments = (q, k, v, *(without_nan(b) for b in buffers), page_table, seq_lens, 64)
+    options = {"loss": loss, **cache.scales}
+    torch.library.opcheck(torch.ops.lil.sparse_decode_step.default, arguments, options, test_utils=OPCHECKS_OF_FLOAT8)
 
 
 NAMES = ["q", "k", "v", "k_cache", "v_cache", "summary", "page_table", "seq_lens"]
@@ -156,20 +286,45 @@ BAD = {
     "recent: expected at least 1": lambda a: a.update(recent=0),
     "scale: expected a positive number": lambda a: a.update(scale=-1.0),
     "softcap: expected": lambda a: a.update(softcap=-1.0),
-    "summary_mode: expected 'minmax'": lambda a: a.update(summary_mode="mean"),
+    "summary_mode: expected 'minmax' or 'meanstd', got 'mean'": lambda a: a.update(summary_mode="mean"),
+    "k_scale: expected None where values are not stored as Float8": lambda a: a.update(k_scale=torch.ones(2)),
+    "v_scale: expected None where values are not stored as Float8": lambda a: a.update(v_scale=torch.ones(2)),
+    "loss: expected Float, got Half": lambda a: a.update(loss=empty_loss(a["q"]).half()),
+    "loss: expected shape \\[batch, q_heads\\]": lambda a: a.update(loss=empty_loss(a["q"])[:, :2]),
+    "loss: expected a contiguous": lambda a: a.update(loss=empty_loss(a["q"]).T.contiguous().T),
+}
+BAD_FLOAT8 = {
+    "k: expected dtype float32, float16 or bfloat16, got Float8": lambda a: a.update(k=a["k"].to(FLOAT8)),
+    "v: expected Float, got Half": lambda a: a.update(v=a["v"].half()),
+    "summary: expected Float8_e4m3fn, got Float": lambda a: a.update(summary=a["summary"].float()),
+    "k_scale: expected shape \\[kv_heads\\]": lambda a: a.update(k_scale=torch.ones(4, device=a["q"].device)),
+    "v_scale: expected shape \\[num_pages, kv_heads\\]": lambda a: a.update(
+        v_scale=torch.ones(1, 2, device=a["q"].device)
+    ),
+    "v_scale: expected Float, got Half": lambda a: a.update(v_scale=torch.ones(2, device=a["q"].device).half()),
 }
 
 
-@pytest.mark.parametrize("message", BAD)
-def test_bad_input_writes_nothing(device, message):
-    arguments = dict(zip(NAMES, step_arguments(paged(device, [40, 7]), 2), strict=True), budget=64)
-    before = {name: value.clone() for name, value in arguments.items() if name in NAMES}
-    buffers = {name: arguments[name] for name in NAMES}
-    BAD[message](arguments)
+@pytest.mark.parametrize(("dtype", "message"), [(torch.float32, m) for m in BAD] + [(FLOAT8, m) for m in BAD_FLOAT8])
+def test_bad_input_writes_nothing(device, dtype, message):
+    arguments = dict(zip(NAMES, step_arguments(paged(device, [40, 7], dtype=dtype), 2), strict=True), budget=64)
+    arguments["loss"] = torch.full((2, 4), 7.0, device=device)
+    buffers = {name: arguments[name] for name in (*NAMES, "loss")}
+    before = {name: value.clone() for name, value in buffers.items()}
+    (BAD if dtype == torch.float32 else BAD_FLOAT8)[message](arguments)
     with pytest.raises(RuntimeError, match=f"lil::sparse_decode_step: {message}"):
         lil_ops.sparse_decode_step(**arguments)
     for name, value in buffers.items():
-        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+        assert_same(value, before[name])
+
+
+def test_scales_and_loss_on_another_device(device):
+    if device == "cpu":
+        pytest.skip("needs a second device")
+    arguments = step_arguments(paged(device, [40, 7], dtype=FLOAT8), 2)
+    for name, value in (("k_scale", torch.ones(2)), ("v_scale", torch.ones(2)), ("loss", torch.ones(2, 4))):
+        with pytest.raises(RuntimeError, match=f"{name}: expected device cuda:0, got cpu"):
+            lil_ops.sparse_decode_step(*arguments, 64, **{name: value})
 
 
 @pytest.mark.parametrize("what", ["seq_lens", "page_table"])

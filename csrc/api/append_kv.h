@@ -4,20 +4,18 @@
 
 namespace lil {
 
-inline void check_summary_mode(const std::string& mode, const char* op) {
-  LIL_CHECK(mode == "minmax", op, "summary_mode", "'minmax'", "'" + mode + "'");
-}
-
 // The arguments, checked, in the name of operator `op`.
 template <class Backend>
 AppendKvParams append_kv_params(const char* op, Tensor& k_cache, Tensor& v_cache, std::optional<Tensor>& summary,
                                 const Tensor& k, const Tensor& v, const Tensor& page_table, const Tensor& seq_lens,
-                                const std::optional<Tensor>& cu_seqlens, const std::string& mode) {
-  KvCache cache = make_kv_cache(k_cache, v_cache, op);
+                                const std::optional<Tensor>& cu_seqlens, const std::string& mode,
+                                const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+  KvCache cache = make_kv_cache(k_cache, v_cache, k_scale, v_scale, op);
   check_summary_mode(mode, op);
   Summary pages{};
   if (summary) {
-    pages = make_summary(*summary, k_cache, op, cache.num_pages, cache.kv_heads, cache.head_dim, k_cache.scalar_type());
+    pages = make_summary(*summary, k_cache, op, cache.num_pages, cache.kv_heads, cache.head_dim, k_cache.scalar_type(),
+                         mode);
     check_aligned(*summary, op, "summary", Backend::kAlignment);
   }
   const char* meaning = "[tokens, kv_heads, head_dim]";
@@ -27,9 +25,13 @@ AppendKvParams append_kv_params(const char* op, Tensor& k_cache, Tensor& v_cache
   if (cu_seqlens) check_dense(*cu_seqlens, k_cache, op, "cu_seqlens", "[batch + 1]", {batch + 1});
   check_shape(k, op, "k", meaning, {cu_seqlens ? -1 : batch, cache.kv_heads, cache.head_dim});
   check_shape(v, op, "v", meaning, {k.size(0), cache.kv_heads, cache.head_dim});
+  // What is stored as float8 comes in a wider dtype.
+  const bool narrows = cache.dtype == DType::kFloat8E4M3;
+  const DType k_dtype = narrows ? check_float_dtype(k, op, "k") : cache.dtype;
+  const ScalarType dtype = narrows ? k.scalar_type() : k_cache.scalar_type();
   for (const auto& [t, arg] : {std::pair{&k, "k"}, std::pair{&v, "v"}}) {
     check_device(*t, k_cache, op, arg);
-    check_dtype(*t, op, arg, k_cache.scalar_type());
+    check_dtype(*t, op, arg, dtype);
     check_last_contiguous(*t, op, arg);
     check_aligned(*t, op, arg, Backend::kAlignment);
   }
@@ -40,27 +42,18 @@ AppendKvParams append_kv_params(const char* op, Tensor& k_cache, Tensor& v_cache
   cache.k.data = k_cache.mutable_data_ptr();
   cache.v.data = v_cache.mutable_data_ptr();
   if (summary) pages.data = summary->mutable_data_ptr();
-  return {cache,
-          pages,
-          k.const_data_ptr(),
-          v.const_data_ptr(),
-          k.stride(0),
-          k.stride(1),
-          v.stride(0),
-          v.stride(1),
-          table,
-          int32_data(seq_lens),
-          cu_seqlens ? int32_data(*cu_seqlens) : nullptr,
-          batch,
-          k.size(0)};
+  return {cache,       pages,       k.const_data_ptr(),   v.const_data_ptr(),
+          k_dtype,     k.stride(0), k.stride(1),          v.stride(0),
+          v.stride(1), table,       int32_data(seq_lens), cu_seqlens ? int32_data(*cu_seqlens) : nullptr,
+          batch,       k.size(0)};
 }
 
 template <class Backend>
 void append_kv(Tensor k_cache, Tensor v_cache, std::optional<Tensor> summary, const Tensor& k, const Tensor& v,
                const Tensor& page_table, const Tensor& seq_lens, const std::optional<Tensor>& cu_seqlens,
-               const std::string& mode) {
-  const AppendKvParams params =
-      append_kv_params<Backend>("append_kv", k_cache, v_cache, summary, k, v, page_table, seq_lens, cu_seqlens, mode);
+               const std::string& mode, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+  const AppendKvParams params = append_kv_params<Backend>("append_kv", k_cache, v_cache, summary, k, v, page_table,
+                                                          seq_lens, cu_seqlens, mode, k_scale, v_scale);
   if (params.batch > 0) Backend::append_kv(params, k_cache);
 }
 

@@ -92,6 +92,21 @@ inline DType check_float_dtype(const Tensor& t, const char* op, const char* arg)
   }
 }
 
+inline bool is_float8(const Tensor& t) { return t.scalar_type() == ScalarType::Float8_e4m3fn; }
+
+// What a cache, or a page summary, may be stored as.
+inline DType check_stored_dtype(const Tensor& t, const char* op, const char* arg) {
+  if (is_float8(t)) return DType::kFloat8E4M3;
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return check_float_dtype(t, op, arg);
+    default:
+      fail(op, arg, "dtype float32, float16, bfloat16 or float8_e4m3fn", torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
 inline void check_device(const Tensor& t, const Tensor& like, const char* op, const char* arg) {
   LIL_CHECK(t.is_cpu() == like.is_cpu() && (t.is_cpu() || t.get_device_index() == like.get_device_index()), op, arg,
             text("device ", device_text(like)), device_text(t));
@@ -125,7 +140,7 @@ inline void check_head_dim(int64_t head_dim, const char* op, const char* arg) {
 // Every row of t, along its last dimension, begins at a multiple of `alignment` bytes. Backend::kAlignment says what
 // the backend's vectors need.
 inline void check_aligned(const Tensor& t, const char* op, const char* arg, int64_t alignment) {
-  const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : 2;
+  const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : is_float8(t) ? 1 : 2;
   bool ok = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % alignment == 0;
   for (int64_t i = 0; i + 1 < t.dim(); ++i) ok = ok && (t.size(i) < 2 || t.stride(i) * size % alignment == 0);
   LIL_CHECK(ok, op, arg, text("rows that begin at multiples of ", alignment, " bytes"), "others");
@@ -148,13 +163,28 @@ inline PageTable make_page_table(const Tensor& t, const Tensor& like, const char
   return {int32_data(t), t.stride(0), per_head ? t.stride(1) : 0, t.size(per_head ? 2 : 1)};
 }
 
+// [kv_heads], or [num_pages, kv_heads]: what the stored values of `scaled` are multiplied by.
+inline Scale make_scale(const std::optional<Tensor>& t, const Tensor& scaled, const char* op, const char* arg,
+                        int64_t num_pages, int64_t kv_heads) {
+  if (!t) return {};
+  LIL_CHECK(is_float8(scaled), op, arg, "None where values are not stored as Float8_e4m3fn", shape_text(*t));
+  const bool per_page = t->dim() == 2;
+  if (per_page) {
+    check_dense(*t, scaled, op, arg, "[num_pages, kv_heads]", {num_pages, kv_heads}, ScalarType::Float);
+  } else {
+    check_dense(*t, scaled, op, arg, "[kv_heads]", {kv_heads}, ScalarType::Float);
+  }
+  return {static_cast<const float*>(t->const_data_ptr()), per_page ? kv_heads : 0};
+}
+
 // Both buffers of one layer's cache; shapes [num_pages, kv_heads, page_size, head_dim].
-inline KvCache make_kv_cache(const Tensor& k, const Tensor& v, const char* op) {
+inline KvCache make_kv_cache(const Tensor& k, const Tensor& v, const std::optional<Tensor>& k_scale,
+                             const std::optional<Tensor>& v_scale, const char* op) {
   const char* meaning = "[num_pages, kv_heads, page_size, head_dim]";
   check_shape(k, op, "k_cache", meaning, {-1, -1, -1, -1});
   check_shape(v, op, "v_cache", meaning, {k.size(0), k.size(1), k.size(2), k.size(3)});
   check_device(v, k, op, "v_cache");
-  const DType dtype = check_float_dtype(k, op, "k_cache");
+  const DType dtype = check_stored_dtype(k, op, "k_cache");
   check_dtype(v, op, "v_cache", k.scalar_type());
   check_page_size(k.size(2), op, "k_cache");
   check_head_dim(k.size(3), op, "k_cache");
@@ -166,18 +196,43 @@ inline KvCache make_kv_cache(const Tensor& k, const Tensor& v, const char* op) {
           k.size(1),
           k.size(2),
           k.size(3),
-          dtype};
+          dtype,
+          make_scale(k_scale, k, op, "k_scale", k.size(0), k.size(1)),
+          make_scale(v_scale, v, op, "v_scale", k.size(0), k.size(1))};
+}
+
+inline SummaryMode check_summary_mode(const std::string& mode, const char* op) {
+  if (mode == "minmax") return SummaryMode::kMinMax;
+  LIL_CHECK(mode == "meanstd", op, "summary_mode", "'minmax' or 'meanstd'", "'" + mode + "'");
+  return SummaryMode::kMeanStd;
 }
 
 inline Summary make_summary(const Tensor& t, const Tensor& like, const char* op, int64_t num_pages, int64_t kv_heads,
-                            int64_t head_dim, ScalarType dtype) {
+                            int64_t head_dim, ScalarType dtype, const std::string& mode) {
   const char* arg = "summary";
+  const SummaryMode checked_mode = check_summary_mode(mode, op);
   check_device(t, like, op, arg);
   check_dtype(t, op, arg, dtype);
   check_shape(t, op, arg, "[num_pages, kv_heads, 2, head_dim]", {num_pages, kv_heads, 2, head_dim});
   check_last_contiguous(t, op, arg);
   LIL_CHECK(t.stride(2) == head_dim, op, arg, "its last two dimensions contiguous", text("stride ", t.stride(2)));
-  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1)};
+  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), checked_mode};
+}
+
+// The pages that were read, one list a (sequence, KV head), as select_pages gives them.
+struct PageLists {
+  const int32_t *pages, *counts;
+  int64_t stride_b, stride_h, capacity;
+};
+
+inline PageLists make_page_lists(const Tensor& pages, const std::optional<Tensor>& counts, const Tensor& like,
+                                 const char* op, int64_t batch, int64_t kv_heads) {
+  check_device(pages, like, op, "pages");
+  check_dtype(pages, op, "pages", ScalarType::Int);
+  check_shape(pages, op, "pages", "[batch, kv_heads, capacity]", {batch, kv_heads, -1});
+  check_last_contiguous(pages, op, "pages");
+  if (counts) check_dense(*counts, like, op, "counts", "[batch, kv_heads]", {batch, kv_heads});
+  return {int32_data(pages), counts ? int32_data(*counts) : nullptr, pages.stride(0), pages.stride(1), pages.size(2)};
 }
 
 }  // namespace lil

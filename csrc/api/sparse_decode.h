@@ -14,8 +14,9 @@ template <class Backend>
 SparseDecodeParams sparse_decode_params(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                         const Tensor& page_table, const Tensor& seq_lens,
                                         const std::optional<Tensor>& pages, const std::optional<Tensor>& counts,
-                                        std::optional<double> scale, int64_t window, double softcap) {
-  const KvCache cache = make_kv_cache(k_cache, v_cache, op);
+                                        std::optional<double> scale, int64_t window, double softcap,
+                                        const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+  const KvCache cache = make_kv_cache(k_cache, v_cache, k_scale, v_scale, op);
   check_shape(q, op, "q", "[batch, q_heads, head_dim]", {-1, -1, cache.head_dim});
   const int64_t batch = q.size(0), q_heads = q.size(1);
   const DType q_dtype = check_float_dtype(q, op, "q");
@@ -27,16 +28,9 @@ SparseDecodeParams sparse_decode_params(const char* op, const Tensor& q, const T
   LIL_CHECK(cache.kv_heads > 0 && q_heads % cache.kv_heads == 0, op, "q",
             text("q_heads a multiple of kv_heads = ", cache.kv_heads), text(q_heads));
   check_dense(seq_lens, q, op, "seq_lens", "[batch]", {batch});
-  if (pages) {
-    check_device(*pages, q, op, "pages");
-    check_dtype(*pages, op, "pages", ScalarType::Int);
-    check_shape(*pages, op, "pages", "[batch, kv_heads, capacity]", {batch, cache.kv_heads, -1});
-    check_last_contiguous(*pages, op, "pages");
-  }
-  if (counts) {
-    LIL_CHECK(pages.has_value(), op, "counts", "None where pages is None", shape_text(*counts));
-    check_dense(*counts, q, op, "counts", "[batch, kv_heads]", {batch, cache.kv_heads});
-  }
+  LIL_CHECK(pages || !counts, op, "counts", "None where pages is None", shape_text(*counts));
+  PageLists lists{};
+  if (pages) lists = make_page_lists(*pages, counts, q, op, batch, cache.kv_heads);
   LIL_CHECK(window >= 0, op, "window", "at least 0 tokens (0: no window)", text(window));
   LIL_CHECK(softcap >= 0, op, "softcap", "at least 0 (0: none)", text(softcap));
 
@@ -51,16 +45,14 @@ SparseDecodeParams sparse_decode_params(const char* op, const Tensor& q, const T
   const int64_t most = (INT32_MAX - 128) / cache.page_size;
   LIL_CHECK(params.table.max_pages <= most, op, "page_table", text("at most ", most, " pages"),
             text(params.table.max_pages));
-  LIL_CHECK(!pages || pages->size(2) <= most, op, "pages", text("at most ", most, " entries"), text(pages->size(2)));
+  LIL_CHECK(lists.capacity <= most, op, "pages", text("at most ", most, " entries"), text(lists.capacity));
   params.seq_lens = int32_data(seq_lens);
   params.selected = pages.has_value();
-  if (pages) {
-    params.pages = int32_data(*pages);
-    params.pages_stride_b = pages->stride(0);
-    params.pages_stride_h = pages->stride(1);
-    params.counts = counts ? int32_data(*counts) : nullptr;
-    params.capacity = pages->size(2);
-  }
+  params.pages = lists.pages;
+  params.pages_stride_b = lists.stride_b;
+  params.pages_stride_h = lists.stride_h;
+  params.counts = lists.counts;
+  params.capacity = lists.capacity;
   params.batch = batch;
   params.group = q_heads / cache.kv_heads;
   params.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(cache.head_dim))));
@@ -78,13 +70,28 @@ inline std::tuple<Tensor, Tensor> sparse_decode_outputs(SparseDecodeParams& para
   return {out, lse};
 }
 
+// Where an optional output of `width` numbers a query head goes; null where it is not asked for.
+inline float* mass_output(std::optional<Tensor>& t, const Tensor& q, const char* op, const char* arg,
+                          const char* meaning, int64_t width) {
+  if (!t) return nullptr;
+  check_dense(*t, q, op, arg, meaning, {q.size(0), q.size(1), width}, ScalarType::Float);
+  return static_cast<float*>(t->mutable_data_ptr());
+}
+
 template <class Backend>
 std::tuple<Tensor, Tensor> sparse_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                          const Tensor& page_table, const Tensor& seq_lens,
                                          const std::optional<Tensor>& pages, const std::optional<Tensor>& counts,
-                                         std::optional<double> scale, int64_t window, double softcap) {
-  SparseDecodeParams params = sparse_decode_params<Backend>("sparse_decode", q, k_cache, v_cache, page_table, seq_lens,
-                                                            pages, counts, scale, window, softcap);
+                                         std::optional<double> scale, int64_t window, double softcap,
+                                         const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
+                                         std::optional<Tensor> page_mass, std::optional<Tensor> token_mass) {
+  const char* op = "sparse_decode";
+  SparseDecodeParams params = sparse_decode_params<Backend>(op, q, k_cache, v_cache, page_table, seq_lens, pages,
+                                                            counts, scale, window, softcap, k_scale, v_scale);
+  const int64_t entries = params.entries_capacity();
+  params.page_mass = mass_output(page_mass, q, op, "page_mass", "[batch, q_heads, capacity]", entries);
+  params.token_mass = mass_output(token_mass, q, op, "token_mass", "[batch, q_heads, capacity * page_size]",
+                                  entries * params.cache.page_size);
   const auto outputs = sparse_decode_outputs(params, q);
   if (params.batch > 0 && params.group > 0) Backend::sparse_decode(params, q);
   return outputs;

@@ -13,6 +13,7 @@ void append_kv(const AppendKvParams&, const Tensor& on);
 void score_pages(const ScorePagesParams&, const Tensor& on);
 void select_pages(const SelectPagesParams&, const Tensor& on);
 void sparse_decode(const SparseDecodeParams&, const Tensor& on);
+void information_loss(const InformationLossParams&, const Tensor& on);
 void sparse_decode_step(const SparseDecodeStepParams&, const Tensor& on);
 void lz77_append(const Lz77AppendParams&, const Tensor& on);
 void guardian_check(const GuardianCheckParams&, const Tensor& on);
@@ -23,6 +24,7 @@ struct Backend {
   static constexpr auto score_pages = &cpu::score_pages;
   static constexpr auto select_pages = &cpu::select_pages;
   static constexpr auto sparse_decode = &cpu::sparse_decode;
+  static constexpr auto information_loss = &cpu::information_loss;
   static constexpr auto sparse_decode_step = &cpu::sparse_decode_step;
   static constexpr auto lz77_append = &cpu::lz77_append;
   static constexpr auto guardian_check = &cpu::guardian_check;

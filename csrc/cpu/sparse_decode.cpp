@@ -18,15 +18,11 @@ int64_t checked_entries(const SparseDecodeParams& p, int64_t b, int64_t h) {
     }
     return pages;
   }
-  const int64_t count = p.counts ? p.counts[b * p.cache.kv_heads + h] : p.capacity;
-  LIL_CHECK(count >= 0 && count <= p.capacity, op, "counts",
-            text("0 to ", p.capacity, " pages for sequence ", b, ", KV head ", h), text(count));
+  const int64_t count = checked_count(op, p.counts, p.capacity, b, h, p.cache.kv_heads);
   const int32_t* list = p.pages + b * p.pages_stride_b + h * p.pages_stride_h;
   for (int64_t i = 0; i < count; ++i) {
-    if (list[i] == -1) continue;
-    LIL_CHECK(list[i] >= 0 && list[i] < pages, op, "pages",
-              text("-1 or a page from 0 to ", pages - 1, " for sequence ", b, ", KV head ", h), text(list[i]));
-    check_read_page(op, p.table, b, h, list[i], p.cache.num_pages);
+    check_listed_page(op, list[i], pages, b, h);
+    if (list[i] != -1) check_read_page(op, p.table, b, h, list[i], p.cache.num_pages);
   }
   return count;
 }
@@ -62,8 +58,9 @@ void sparse_decode(const SparseDecodeParams& p, const Tensor&) {
   const Kernels& isa = kernels();
   torch::stable::parallel_for(0, static_cast<int64_t>(items.size()), 1,
                               [&](int64_t begin, int64_t end) { isa.attend_chunks(p, list, partials, begin, end); });
-  constexpr int64_t kGrain = 16;  // a head's partial results are a few kilobytes
-  torch::stable::parallel_for(0, p.batch * heads, kGrain, [&](int64_t begin, int64_t end) {
+  // A head's partial results are a few kilobytes; its masses are as many numbers as it has tokens.
+  const int64_t grain = p.page_mass || p.token_mass ? 1 : 16;
+  torch::stable::parallel_for(0, p.batch * heads, grain, [&](int64_t begin, int64_t end) {
     isa.combine_chunks(p, list, first, partials, begin, end);
   });
 }

@@ -13,6 +13,7 @@ void sparse_decode_step(const SparseDecodeStepParams& p, const Tensor& on) {
   select_pages(select, on);
   append_kv(p.append, on);
   sparse_decode(with_selection(p.attend, select), on);
+  if (p.loss) information_loss(information_loss_of(p, select), on);
 }
 
 }  // namespace lil::cpu

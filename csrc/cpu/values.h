@@ -26,6 +26,21 @@ inline void check_read_page(const char* op, const PageTable& table, int64_t b, i
   if (table.at(b, h, page) != -1) check_physical_page(op, table, b, h, page, num_pages);
 }
 
+// The entries of (b, h)'s page list that count.
+inline int64_t checked_count(const char* op, const int32_t* counts, int64_t capacity, int64_t b, int64_t h,
+                             int64_t kv_heads) {
+  const int64_t count = counts ? counts[b * kv_heads + h] : capacity;
+  LIL_CHECK(count >= 0 && count <= capacity, op, "counts",
+            text("0 to ", capacity, " pages for sequence ", b, ", KV head ", h), text(count));
+  return count;
+}
+
+// An entry of a page list, of a sequence of that many pages.
+inline void check_listed_page(const char* op, int32_t page, int64_t pages, int64_t b, int64_t h) {
+  LIL_CHECK(page >= -1 && page < pages, op, "pages",
+            text("-1 or a page from 0 to ", pages - 1, " for sequence ", b, ", KV head ", h), text(page));
+}
+
 inline int64_t pages_of(int64_t tokens, int64_t page_size) { return (tokens + page_size - 1) / page_size; }
 
 // KV heads whose tables have to be looked at: one where they share it.

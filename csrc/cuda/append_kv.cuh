@@ -8,11 +8,83 @@
 
 namespace lil::cuda {
 
+// Elements of a row that a lane takes at a time: 16 bytes, or four of float8, so that a row of 128 keeps all lanes
+// busy.
+template <class T>
+struct AppendVector {
+  using type = std::conditional_t<kIsFloat8<T>, uint32_t, uint4>;
+  static constexpr int kElements = sizeof(type) / sizeof(T);
+};
+
+// The elements at `at` of k or v as they are stored: the same, or float8 of value / scale.
+template <class T>
+__device__ inline typename AppendVector<T>::type new_vector(const void* data, DType dtype, int64_t at, float scale) {
+  if constexpr (kIsFloat8<T>) {
+    uint32_t packed = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      packed |= static_cast<uint32_t>(from_float<T>(load_float(data, dtype, at + i) / scale).__x) << 8 * i;
+    }
+    return packed;
+  } else {
+    return *reinterpret_cast<const uint4*>(static_cast<const T*>(data) + at);
+  }
+}
+
+// A page's summary, one vector of elements at a time: `add` every row, then `store` both vectors.
+template <class T>
+struct SummaryBuilder {
+  using Vector = typename AppendVector<T>::type;
+  static constexpr int kElements = AppendVector<T>::kElements;
+
+  SummaryMode mode;
+  Vector low, high;
+  int32_t count = 1;
+  float first[kElements], sum[kElements], squares[kElements];  // of differences from the first row
+
+  __device__ SummaryBuilder(SummaryMode mode, const Vector& row) : mode(mode), low(row), high(row) {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      first[i] = to_float(reinterpret_cast<const T*>(&row)[i]);
+      sum[i] = squares[i] = 0;
+    }
+  }
+
+  __device__ void add(const Vector& row) {
+    if (mode == SummaryMode::kMinMax) {
+      low = min_vector<T>(low, row);
+      high = max_vector<T>(high, row);
+      return;
+    }
+    ++count;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const float x = to_float(reinterpret_cast<const T*>(&row)[i]) - first[i];
+      sum[i] += x;
+      squares[i] = fmaf(x, x, squares[i]);
+    }
+  }
+
+  __device__ void store(T* summary, int32_t head_dim) {
+    if (mode == SummaryMode::kMeanStd) {
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        const float mean = sum[i] / count;
+        reinterpret_cast<T*>(&low)[i] = from_float<T>(first[i] + mean);
+        reinterpret_cast<T*>(&high)[i] = from_float<T>(sqrtf(max_nan(0, squares[i] / count - mean * mean)));
+      }
+    }
+    *reinterpret_cast<Vector*>(summary) = low;
+    *reinterpret_cast<Vector*>(summary + head_dim) = high;
+  }
+};
+
 // Tokens [first, last) of k and v are sequence b's; `row` is one of them.
 template <class T>
 __device__ void append_token(const AppendKvParams& p, int32_t row, int32_t b, int32_t h, int32_t first, int32_t last,
                              Finding& finding) {
-  constexpr int kPerVector = 16 / sizeof(T);
+  using Vector = typename AppendVector<T>::type;
+  constexpr int kElements = AppendVector<T>::kElements;
   const PageSize page_size(p.cache.page_size);
   const int32_t length = checked_length(finding, p.seq_lens, b, p.pages.max_pages << page_size.shift);
   if (finding.wrong != Wrong::kNothing) return;
@@ -28,30 +100,40 @@ __device__ void append_token(const AppendKvParams& p, int32_t row, int32_t b, in
     return static_cast<T*>(buffer.data) + physical * buffer.stride_page + h * buffer.stride_head;
   };
   T *const k_page = at(p.cache.k), *const v_page = at(p.cache.v);
-  const T* const k = static_cast<const T*>(p.k) + h * p.k_stride_head;
-  const T* const v = static_cast<const T*>(p.v) + h * p.v_stride_head + row * p.v_stride_token;
+  const float k_scale = p.cache.k_scale.at(physical, h), v_scale = p.cache.v_scale.at(physical, h);
   const bool closes = p.summary.data != nullptr && (slot == page_size.slot(-1) || row == last - 1);
   const int32_t in_page = min(position - start, slot);  // tokens of this call before this one in the page
   const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim);
 #pragma unroll 1
-  for (int32_t i = threadIdx.x % 32 * kPerVector; i < head_dim; i += 32 * kPerVector) {
-    const auto vector = [i](const T* p) { return *reinterpret_cast<const uint4*>(p + i); };
-    const uint4 key = vector(k + row * p.k_stride_token), value = vector(v);
-    *reinterpret_cast<uint4*>(k_page + slot * p.cache.k.stride_token + i) = key;
-    *reinterpret_cast<uint4*>(v_page + slot * p.cache.v.stride_token + i) = value;
-    if (!closes) continue;
-    uint4 low = key, high = key;
-    const auto merge = [&](uint4 other) {
-      low = min_vector<T>(low, other);
-      high = max_vector<T>(high, other);
+  for (int32_t i = threadIdx.x % 32 * kElements; i < head_dim; i += 32 * kElements) {
+    const auto new_key = [&](int32_t r) {
+      return new_vector<T>(p.k, p.k_dtype, r * p.k_stride_token + h * p.k_stride_head + i, k_scale);
     };
-#pragma unroll 4
-    for (int32_t s = 0; s < slot - in_page; ++s) merge(vector(k_page + s * p.cache.k.stride_token));
+    const auto old_key = [&](int32_t s) {
+      return *reinterpret_cast<const Vector*>(k_page + s * p.cache.k.stride_token + i);
+    };
+    const Vector key = new_key(row);
+    *reinterpret_cast<Vector*>(k_page + slot * p.cache.k.stride_token + i) = key;
+    *reinterpret_cast<Vector*>(v_page + slot * p.cache.v.stride_token + i) =
+        new_vector<T>(p.v, p.k_dtype, row * p.v_stride_token + h * p.v_stride_head + i, v_scale);
+    if (!closes) continue;
+    SummaryBuilder<T> builder(p.summary.mode, key);
+    constexpr int kBatch = 8;  // rows asked for before any is looked at
+    const int32_t old = slot - in_page;
+#pragma unroll 1
+    for (int32_t first_slot = 0; first_slot < old; first_slot += kBatch) {
+      Vector batch[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) batch[j] = first_slot + j < old ? old_key(first_slot + j) : key;
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (first_slot + j < old) builder.add(batch[j]);
+      }
+    }
 #pragma unroll 2
-    for (int32_t s = 1; s <= in_page; ++s) merge(vector(k + (row - s) * p.k_stride_token));
+    for (int32_t s = 1; s <= in_page; ++s) builder.add(new_key(row - s));
     T* const summary = static_cast<T*>(p.summary.data) + physical * p.summary.stride_page + h * p.summary.stride_head;
-    *reinterpret_cast<uint4*>(summary + i) = low;
-    *reinterpret_cast<uint4*>(summary + head_dim + i) = high;
+    builder.store(summary + i, head_dim);
   }
 }
 

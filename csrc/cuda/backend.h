@@ -12,6 +12,7 @@ void append_kv(const AppendKvParams&, const Tensor& on);
 void score_pages(const ScorePagesParams&, const Tensor& on);
 void select_pages(const SelectPagesParams&, const Tensor& on);
 void sparse_decode(const SparseDecodeParams&, const Tensor& on);
+void information_loss(const InformationLossParams&, const Tensor& on);
 void sparse_decode_step(const SparseDecodeStepParams&, const Tensor& on);
 void guardian_check(const GuardianCheckParams&, const Tensor& on);
 
@@ -22,6 +23,7 @@ struct Backend {
   static constexpr auto score_pages = &cuda::score_pages;
   static constexpr auto select_pages = &cuda::select_pages;
   static constexpr auto sparse_decode = &cuda::sparse_decode;
+  static constexpr auto information_loss = &cuda::information_loss;
   static constexpr auto sparse_decode_step = &cuda::sparse_decode_step;
   static constexpr auto guardian_check = &cuda::guardian_check;
 };

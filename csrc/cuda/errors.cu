@@ -16,7 +16,8 @@ __device__ ErrorWord word;
 std::atomic<ErrorWord*> words[kMaxDevices];
 
 std::string message(const ErrorWord& e) {
-  static constexpr const char* kOps[] = {"append_kv", "score_pages", "select_pages", "sparse_decode"};
+  static constexpr const char* kOps[] = {"append_kv", "score_pages", "select_pages", "sparse_decode",
+                                         "information_loss"};
   const auto expected = [&]() -> std::string {
     switch (e.wrong) {
       case Wrong::kSeqLens:

@@ -6,7 +6,7 @@
 
 namespace lil::cuda {
 
-enum class Op : int32_t { kAppendKv, kScorePages, kSelectPages, kSparseDecode };
+enum class Op : int32_t { kAppendKv, kScorePages, kSelectPages, kSparseDecode, kInformationLoss };
 
 enum class Wrong : int32_t { kNothing, kSeqLens, kSeqLensShort, kCuSeqlens, kPageTable, kPages, kCounts };
 

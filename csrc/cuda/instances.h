@@ -9,8 +9,14 @@
 
 namespace lil::cuda {
 
+// What an attention kernel that selects its pages itself is given besides; pages.scores is null where it does not.
+struct Selecting {
+  SelectPagesParams pages;
+  float* loss;  // [batch, kv_heads * group], or null
+};
+
 template <class T, int D>
-void launch_sparse_decode_mma(const SparseDecodeParams&, const SelectPagesParams&, const Launch&, const Tensor& on);
+void launch_sparse_decode_mma(const SparseDecodeParams&, const Selecting&, const Launch&, const Tensor& on);
 
 template <int D>
 struct HeadDim {

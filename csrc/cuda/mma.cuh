@@ -35,6 +35,23 @@ __device__ inline void mma_chunk(float (&acc)[4], uint4 low, uint4 high, uint4 b
   mma<T>(acc, low.z, high.z, low.w, high.w, b.z, b.w);
 }
 
+// Queries as halves: bf16 reaches further, so each head is divided by its largest power of two (1 where there is none).
+// Heads lie `stride` elements apart from element `first` on; `padded` factors are written, a warp each.
+template <int D>
+__device__ inline void make_query_factors(const void* q, DType dtype, int64_t first, int64_t stride, int32_t heads,
+                                          int32_t padded, float* factors) {
+#pragma unroll 1
+  for (int32_t g = threadIdx.x / 32; g < padded; g += blockDim.x / 32) {
+    uint32_t most = 0;
+#pragma unroll
+    for (int32_t d = threadIdx.x % 32; d < D; d += 32) {
+      if (g < heads) most = max(most, __float_as_uint(fabsf(load_float(q, dtype, first + g * stride + d))));
+    }
+    most = __reduce_max_sync(~0u, most) & 0x7f800000u;
+    if (threadIdx.x % 32 == 0) factors[g] = most == 0 || most == 0x7f800000u ? 1 : __uint_as_float(most);
+  }
+}
+
 // An 8 x 8 matrix of halves, lane (n, c) holding row n, columns 2c and 2c + 1.
 __device__ inline uint32_t transpose(uint32_t x) {
   uint32_t y;

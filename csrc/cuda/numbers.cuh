@@ -1,8 +1,9 @@
-// Element types and 16-byte vectors of them.
+// Element types and short vectors of them.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 #include <type_traits>
@@ -10,6 +11,15 @@
 #include "params.h"
 
 namespace lil::cuda {
+
+using Float8 = __nv_fp8_e4m3;
+
+template <class T>
+constexpr bool kIsFloat8 = std::is_same_v<T, Float8>;
+
+// What stored values are multiplied as on tensor cores: float8 as halves, which hold every value of it.
+template <class T>
+using Computed = std::conditional_t<kIsFloat8<T>, __half, T>;
 
 // Calls f with a null pointer of the element type.
 template <class F>
@@ -21,12 +31,70 @@ void with_dtype(DType dtype, F f) {
       return f(static_cast<const __half*>(nullptr));
     case DType::kBFloat16:
       return f(static_cast<const __nv_bfloat16*>(nullptr));
+    case DType::kFloat8E4M3:
+      return f(static_cast<const Float8*>(nullptr));
   }
 }
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+__device__ inline float to_float(Float8 x) { return __half2float(__half(__nv_cvt_fp8_to_halfraw(x.__x, __NV_E4M3))); }
+
+// Rounds to nearest; float8 saturates.
+template <class T>
+__device__ inline T from_float(float x) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else {
+    return T(x);
+  }
+}
+
+// Two float8 values, as halves.
+__device__ inline uint32_t widen_pair(uint32_t x) {
+  const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(x), __NV_E4M3);
+  return pair.x | static_cast<uint32_t>(pair.y) << 16;
+}
+
+// Two, four or eight stored elements of a row, and what tensor cores take.
+template <class T>
+struct Stored {
+  using Two = uint32_t;
+  using Four = uint2;
+  using Eight = uint4;
+};
+template <>
+struct Stored<Float8> {
+  using Two = uint16_t;
+  using Four = uint32_t;
+  using Eight = uint2;
+};
+
+template <class T>
+__device__ inline uint32_t widen2(typename Stored<T>::Two x) {
+  if constexpr (kIsFloat8<T>) return widen_pair(x);
+  return x;
+}
+template <class T>
+__device__ inline uint2 widen4(typename Stored<T>::Four x) {
+  if constexpr (kIsFloat8<T>) {
+    return {widen_pair(x & 0xffff), widen_pair(x >> 16)};
+  } else {
+    return x;
+  }
+}
+template <class T>
+__device__ inline uint4 widen8(typename Stored<T>::Eight x) {
+  if constexpr (kIsFloat8<T>) {
+    return {widen_pair(x.x & 0xffff), widen_pair(x.x >> 16), widen_pair(x.y & 0xffff), widen_pair(x.y >> 16)};
+  } else {
+    return x;
+  }
+}
 
 __device__ inline float load_float(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
@@ -69,6 +137,15 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
+// Four halves that float8 holds, as float8.
+__device__ inline uint32_t narrow4(uint32_t low, uint32_t high) {
+  const auto pair = [](uint32_t x) -> uint32_t {
+    const __half2_raw halves{static_cast<unsigned short>(x), static_cast<unsigned short>(x >> 16)};
+    return __nv_cvt_halfraw2_to_fp8x2(halves, __NV_SATFINITE, __NV_E4M3);
+  };
+  return pair(low) | pair(high) << 16;
+}
+
 // Minimum and maximum that keep NaN, as torch.amin and torch.amax do.
 __device__ inline float min_nan(float a, float b) {
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
@@ -79,10 +156,13 @@ __device__ inline float max_nan(float a, float b) {
   return a;
 }
 
-// One 32-bit word of a vector: a float, or two halves.
+// One 32-bit word of a vector: a float, two halves or four float8 values.
 template <class T>
 __device__ inline uint32_t min_word(uint32_t a, uint32_t b) {
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (kIsFloat8<T>) {
+    return narrow4(min_word<__half>(widen_pair(a & 0xffff), widen_pair(b & 0xffff)),
+                   min_word<__half>(widen_pair(a >> 16), widen_pair(b >> 16)));
+  } else if constexpr (sizeof(T) == 4) {
     return __float_as_uint(min_nan(__uint_as_float(a), __uint_as_float(b)));
   } else if constexpr (std::is_same_v<T, __half>) {
     asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
@@ -94,7 +174,10 @@ __device__ inline uint32_t min_word(uint32_t a, uint32_t b) {
 }
 template <class T>
 __device__ inline uint32_t max_word(uint32_t a, uint32_t b) {
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (kIsFloat8<T>) {
+    return narrow4(max_word<__half>(widen_pair(a & 0xffff), widen_pair(b & 0xffff)),
+                   max_word<__half>(widen_pair(a >> 16), widen_pair(b >> 16)));
+  } else if constexpr (sizeof(T) == 4) {
     return __float_as_uint(max_nan(__uint_as_float(a), __uint_as_float(b)));
   } else if constexpr (std::is_same_v<T, __half>) {
     asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
@@ -110,9 +193,20 @@ __device__ inline uint4 min_vector(uint4 a, uint4 b) {
   return {min_word<T>(a.x, b.x), min_word<T>(a.y, b.y), min_word<T>(a.z, b.z), min_word<T>(a.w, b.w)};
 }
 template <class T>
+__device__ inline uint32_t min_vector(uint32_t a, uint32_t b) {
+  return min_word<T>(a, b);
+}
+template <class T>
+__device__ inline uint32_t max_vector(uint32_t a, uint32_t b) {
+  return max_word<T>(a, b);
+}
+template <class T>
 __device__ inline uint4 max_vector(uint4 a, uint4 b) {
   return {max_word<T>(a.x, b.x), max_word<T>(a.y, b.y), max_word<T>(a.z, b.z), max_word<T>(a.w, b.w)};
 }
+
+// Asks for a line of L1.
+__device__ inline void prefetch(const int32_t* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 
 // Cached rows are read once: they need not push others out of L1. Volatile keeps the loads where the program has them,
 // well ahead of their use.
@@ -126,6 +220,11 @@ __device__ inline uint4 load_once(const uint4* p) {
 __device__ inline uint2 load_once(const uint2* p) {
   uint2 v;
   asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+__device__ inline uint16_t load_once(const uint16_t* p) {
+  uint16_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(p));
   return v;
 }
 __device__ inline uint32_t load_once(const uint32_t* p) {

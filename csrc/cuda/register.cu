@@ -3,6 +3,7 @@
 
 #include "api/append_kv.h"
 #include "api/guardian_check.h"
+#include "api/information_loss.h"
 #include "api/score_pages.h"
 #include "api/select_pages.h"
 #include "api/sparse_decode.h"
@@ -15,6 +16,7 @@ STABLE_TORCH_LIBRARY_IMPL(lil, CUDA, m) {
   m.impl("score_pages", TORCH_BOX(&lil::score_pages<Backend>));
   m.impl("select_pages", TORCH_BOX(&lil::select_pages<Backend>));
   m.impl("sparse_decode", TORCH_BOX(&lil::sparse_decode<Backend>));
+  m.impl("information_loss", TORCH_BOX(&lil::information_loss<Backend>));
   m.impl("sparse_decode_step", TORCH_BOX(&lil::sparse_decode_step<Backend>));
   m.impl("guardian_check", TORCH_BOX(&lil::guardian_check<Backend>));
 }

@@ -16,15 +16,19 @@ void start(const ScorePagesParams& p, const AppendKvParams& append, size_t share
 
 void append_and_score(const AppendKvParams& append, const ScorePagesParams& p, const Tensor& on) {
   const Launch launch(on);
-  const auto mma_shared = (p.group + kScoreHeads - 1) / kScoreHeads * 2 * p.head_dim / 32 * 32 * sizeof(uint4);
+  const int64_t blocks = (p.group + kScoreHeads - 1) / kScoreHeads;
   const bool mma =
-      p.q_dtype == p.summary_dtype && p.q_dtype != DType::kFloat32 && mma_shared <= current_device().max_shared;
+      p.q_dtype != DType::kFloat32 && (p.q_dtype == p.summary_dtype || p.summary_dtype == DType::kFloat8E4M3);
   with_dtype(p.summary_dtype, [&]<class T>(const T*) {
     if constexpr (!std::is_same_v<T, float>) {
-      if (mma) {
-        return with_head_dim(p.head_dim,
-                             [&]<class D>(D) { start<score_pages_mma<T, D::value>>(p, append, mma_shared, launch); });
-      }
+      bool started = false;
+      with_head_dim(p.head_dim, [&]<class D>(D) {
+        const size_t shared = ScoreQueries<T, D::value>::bytes(blocks);
+        if (!mma || shared > current_device().max_shared) return;
+        start<score_pages_mma<T, D::value>>(p, append, shared, launch);
+        started = true;
+      });
+      if (started) return;
     }
     start<score_pages_fma<T>>(p, append, kScoreHeads * 2 * p.head_dim * sizeof(float), launch);
   });

@@ -1,6 +1,6 @@
-// score_pages: sixteen pages a warp at a time. minmax is one product of [min(q, 0), max(q, 0)] with the page's
-// [min, max], so a page's summary is one row of 2 * head_dim, and the heads of a group are the product's columns.
-// Bytes bound it: the summaries, once.
+// score_pages: sixteen pages a warp at a time. A page's summary is one row of 2 * head_dim elements, and the heads of a
+// group are the columns of a product with it: minmax is that of [min(q, 0), max(q, 0)] with [min, max], meanstd that of
+// [q, q * q] with [mean, std * std]. Bytes bound it: the summaries, once.
 #pragma once
 
 #include <algorithm>
@@ -61,85 +61,200 @@ struct ScoreTile {
   }
 };
 
-// Row n of the tile: the page's summary, or null where the page is not there.
+// Row n of the tile: the page's summary and what it is multiplied by; null where the page is not there.
 template <class T>
-__device__ const T* summary_row(const ScorePagesParams& p, const ScoreTile& tile, int32_t b, int32_t h, int32_t row,
-                                Finding& finding) {
+struct SummaryRow {
+  const T* data;
+  float scale;
+};
+
+template <class T>
+__device__ SummaryRow<T> summary_row(const ScorePagesParams& p, const ScoreTile& tile, int32_t b, int32_t h,
+                                     int32_t row, Finding& finding) {
   const int32_t page = tile.first + row;
-  if (page >= tile.pages) return nullptr;
+  if (page >= tile.pages) return {nullptr, 1};
   const int64_t physical = checked_page(finding, p.pages, b, h, page, p.num_pages);
-  if (physical < 0) return nullptr;
-  return static_cast<const T*>(p.summary.data) + physical * p.summary.stride_page + h * p.summary.stride_head;
+  if (physical < 0) return {nullptr, 1};
+  const T* const data =
+      static_cast<const T*>(p.summary.data) + physical * p.summary.stride_page + h * p.summary.stride_head;
+  return {data, kIsFloat8<T> ? p.k_scale.at(physical, h) : 1};
 }
 
-// [min(q, 0), max(q, 0)] of a head, elements d to d + 7 of its 2 * head_dim, unscaled.
-template <class T, int D>
-__device__ uint4 split_query(const ScorePagesParams& p, int32_t b, int32_t h, int32_t g, int32_t d) {
-  if (g >= p.group) return {0, 0, 0, 0};
-  const T* const q = static_cast<const T*>(p.q) + b * p.q_stride_b + (h * p.group + g) * p.q_stride_h;
-  const uint4 x = *reinterpret_cast<const uint4*>(q + (d < D ? d : d - D));
-  return d < D ? min_vector<T>(x, {0, 0, 0, 0}) : max_vector<T>(x, {0, 0, 0, 0});
+// Squared standard deviations are made of std / 16, so that halves hold them.
+constexpr float kStdUnit = 16;
+
+// score = unit * (first + weight * second), of a mean's product and a variance's in units of kStdUnit.
+__device__ inline float variance_weight(float unit) { return 0.5f * kStdUnit * kStdUnit * unit; }
+
+// The squares of packed deviations.
+template <class C>
+__device__ inline uint32_t square(uint32_t x) {
+  using Pair = std::conditional_t<std::is_same_v<C, __half>, __half2, __nv_bfloat162>;
+  Pair pair;
+  memcpy(&pair, &x, sizeof x);
+  if constexpr (std::is_same_v<C, __half>) {
+    pair = __hmul2(pair, __float2half2_rn(1 / kStdUnit));
+  } else {
+    pair = __hmul2(pair, __float2bfloat162_rn(1 / kStdUnit));
+  }
+  pair = __hmul2(pair, pair);
+  memcpy(&x, &pair, sizeof x);
+  return x;
 }
+
+// How a product's columns are staged. A row's halves, [0, D) and [D, 2 D), are chunks of 32 elements; where D is no
+// multiple of 32 one chunk has elements of both, and is staged for each half with zeros for the other.
+template <class T, int D>
+struct ScoreQueries {
+  using C = Computed<T>;
+  static constexpr int kChunks = (D + 31) / 32, kSecond = D / 32;  // of a half; the second half's first chunk
+
+  uint4* chunks;   // [head blocks][2][kChunks][32 lanes], as mma_chunk takes them
+  float* factors;  // [head blocks * 8]: what the staged queries were divided by, so that their squares fit too
+  bool divided;
+
+  __device__ ScoreQueries(const ScorePagesParams& p, uint4* shared, int32_t blocks)
+      : chunks(shared),
+        factors(reinterpret_cast<float*>(shared + blocks * 2 * kChunks * 32)),
+        divided(kIsFloat8<T> || p.summary.mode == SummaryMode::kMeanStd) {}
+  static constexpr size_t bytes(int64_t blocks) {
+    return blocks * (2 * kChunks * 32 * sizeof(uint4) + kScoreHeads * sizeof(float));
+  }
+
+  __device__ float factor(int32_t head) const { return divided ? factors[head] : 1; }
+
+  // Elements of one lane's share of chunk j of a half.
+  __device__ uint4 make(const ScorePagesParams& p, int32_t b, int32_t h, int32_t g, int32_t half, int32_t j) const {
+    const int32_t at = half * kSecond * 32 + j * 32 + threadIdx.x % 4 * 8, d = at - half * D;
+    if (g >= p.group || d < 0 || d >= D) return {0, 0, 0, 0};
+    const auto* const q = static_cast<const uint16_t*>(p.q) + b * p.q_stride_b + (h * p.group + g) * p.q_stride_h + d;
+    const uint4 x = *reinterpret_cast<const uint4*>(q);
+    if constexpr (!kIsFloat8<T>) {
+      if (!divided) return half == 0 ? min_vector<T>(x, {0, 0, 0, 0}) : max_vector<T>(x, {0, 0, 0, 0});
+    }
+    const float inverse = 1 / factors[g];
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float pair[2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const float value = load_float(&x, p.q_dtype, 2 * i + k) * inverse;
+        if (p.summary.mode == SummaryMode::kMeanStd) {
+          pair[k] = half == 0 ? value : value * value;
+        } else {
+          pair[k] = half == 0 ? min_nan(value, 0) : max_nan(value, 0);
+        }
+      }
+      words[i] = pack<C>(pair[0], pair[1]);
+    }
+    return {words[0], words[1], words[2], words[3]};
+  }
+
+  __device__ void stage(const ScorePagesParams& p, int32_t b, int32_t h, int32_t blocks) {
+    if (divided) {
+      const int64_t first = b * p.q_stride_b + h * p.group * p.q_stride_h;
+      make_query_factors<D>(p.q, p.q_dtype, first, p.q_stride_h, p.group, blocks * kScoreHeads, factors);
+      __syncthreads();
+    }
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < blocks * 2 * kChunks * 32; i += blockDim.x) {
+      const int32_t block = i / (2 * kChunks * 32), half = i / (kChunks * 32) % 2, j = i / 32 % kChunks;
+      chunks[i] = make(p, b, h, block * kScoreHeads + i % 32 / 4, half, j);
+    }
+  }
+};
 
 template <class T, int D>
 __global__ void __launch_bounds__(kScoreThreads, D > 192 ? 1 : 2)
     score_pages_mma(const __grid_constant__ ScorePagesParams p, const __grid_constant__ AppendKvParams append,
                     int tiles_per_warp, ErrorWord* errors) {
-  constexpr int kChunks = 2 * D / 32, kHalf = kChunks <= 8 ? kChunks : kChunks / 2;
-  extern __shared__ uint4 queries[];  // [head blocks][kChunks][32 lanes], as mma_chunk takes them
+  using Queries = ScoreQueries<T, D>;
+  using C = Computed<T>;
+  using Eight = typename Stored<T>::Eight;
+  // More than eight chunks would not fit in the registers together with as many in flight: a half at a time then.
+  constexpr int kRowChunks = 2 * D / 32, kLoaded = kRowChunks <= 8 ? kRowChunks : Queries::kChunks;
+  constexpr bool kWhole = kLoaded == kRowChunks;
+  extern __shared__ uint4 shared[];
   const int32_t h = blockIdx.x, b = blockIdx.z, lane = threadIdx.x % 32, n = lane / 4, c = lane % 4;
   const int32_t group = static_cast<int32_t>(p.group), blocks = ceil_div(group, kScoreHeads);
+  const bool mean_std = p.summary.mode == SummaryMode::kMeanStd;
   wait_for_previous();
   let_next_start();
   if (appends<T>(append, b, h, errors)) return;
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < blocks * kChunks * 32; i += blockDim.x) {
-    const int32_t g = i / (kChunks * 32) * kScoreHeads + i % 32 / 4;
-    queries[i] = split_query<T, D>(p, b, h, g, i / 32 % kChunks * 32 + i % 4 * 8);
-  }
+  Queries queries(p, shared, blocks);
   const int32_t max_pages = static_cast<int32_t>(p.pages.max_pages);
   const PageSize page_size(p.page_size);
   Finding finding;
   const int32_t length = checked_length(finding, p.seq_lens, b, p.pages.max_pages << page_size.shift);
-  __syncthreads();
 
   ScoreTile tile{0, page_size.pages(length), p.scores + (b * p.kv_heads + h) * p.pages.max_pages};
 #pragma unroll 1
   for (int32_t t = 0; t < tiles_per_warp; ++t) {
     tile.first = first_page(append, tiles_per_warp, t);
-    if (tile.first >= max_pages) break;
-    const T* const rows[2] = {summary_row<T>(p, tile, b, h, n, finding), summary_row<T>(p, tile, b, h, n + 8, finding)};
+    if (t > 0 && tile.first >= max_pages) break;
+    const SummaryRow<T> rows[2] = {summary_row<T>(p, tile, b, h, n, finding),
+                                   summary_row<T>(p, tile, b, h, n + 8, finding)};
     float best[2] = {-INFINITY, -INFINITY};
-    // More than eight chunks would not fit in the registers together with as many in flight: two halves then.
 #pragma unroll 1
     for (int32_t block = 0; block < blocks; ++block) {
       float acc[4] = {};
+      const auto unit = [&](int i) {
+        return rows[i / 2].scale * p.scale * queries.factor(block * kScoreHeads + 2 * c + i % 2);
+      };
+      Eight row[2][kLoaded];
+#pragma unroll(kWhole ? 2 : 1)
+      for (int half = 1; half >= 0; --half) {  // the second first: meanstd weighs it before it adds the means
+        const int first = half * Queries::kSecond, first_loaded = kWhole ? 0 : first;
+        if (half == 1 || !kWhole) {
 #pragma unroll
-      for (int half = 0; half < kChunks; half += kHalf) {
-        uint4 row[2][kHalf];
+          for (int j = 0; j < kLoaded; ++j) {
 #pragma unroll
-        for (int j = 0; j < kHalf; ++j) {
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            row[r][j] = rows[r] ? load_once(reinterpret_cast<const uint4*>(rows[r] + (half + j) * 32 + c * 8))
-                                : uint4{0, 0, 0, 0};
+            for (int r = 0; r < 2; ++r) {
+              const T* const data = rows[r].data + (first_loaded + j) * 32 + c * 8;
+              row[r][j] = rows[r].data ? load_once(reinterpret_cast<const Eight*>(data)) : Eight{};
+            }
           }
         }
-        const uint4* const query = queries + (block * kChunks + half) * 32 + lane;
+        // The first rows are on their way while the queries are staged, by all warps.
+        if (t == 0 && block == 0 && half == 1) {
+          queries.stage(p, b, h, blocks);
+          __syncthreads();
+        }
+        const uint4* const query = queries.chunks + (block * 2 + half) * Queries::kChunks * 32 + lane;
 #pragma unroll
-        for (int j = 0; j < kHalf; ++j) mma_chunk<T>(acc, row[0][j], row[1][j], query[j * 32]);
+        for (int j = 0; j < Queries::kChunks; ++j) {
+          uint4 wide[2];
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            wide[r] = widen8<T>(row[r][first + j - first_loaded]);
+            if (mean_std) {
+              // Of a chunk with elements of both halves only this half's may be looked at: NaN times 0 is NaN.
+              const int32_t d = (first + j) * 32 + c * 8;
+              if (D % 32 != 0 && (half == 0 ? d >= D : d < D)) wide[r] = {0, 0, 0, 0};
+              if (half == 1) {
+                wide[r] = {square<C>(wide[r].x), square<C>(wide[r].y), square<C>(wide[r].z), square<C>(wide[r].w)};
+              }
+            }
+          }
+          mma_chunk<C>(acc, wide[0], wide[1], query[j * 32]);
+        }
+        if (half == 1 && mean_std) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[i] *= variance_weight(unit(i));
+        }
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const bool is_head = block * kScoreHeads + 2 * c + i % 2 < group;
-        if (is_head) best[i / 2] = max_nan(best[i / 2], acc[i]);
+        if (is_head) best[i / 2] = max_nan(best[i / 2], acc[i] * unit(i));
       }
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       best[r] = max_nan(best[r], __shfl_xor_sync(~0u, best[r], 1));
       best[r] = max_nan(best[r], __shfl_xor_sync(~0u, best[r], 2));
-      if (c == 0) tile.store(max_pages, n + 8 * r, best[r] * p.scale, rows[r] != nullptr);
+      if (c == 0) tile.store(max_pages, n + 8 * r, best[r], rows[r].data != nullptr);
     }
   }
   finding.report(errors, Op::kScorePages, b);
@@ -154,6 +269,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
   const int32_t h = blockIdx.x, b = blockIdx.z, n = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
   const int32_t group = static_cast<int32_t>(p.group);
   const int32_t head_dim = static_cast<int32_t>(p.head_dim), width = 2 * head_dim;
+  const bool mean_std = p.summary.mode == SummaryMode::kMeanStd;
   wait_for_previous();
   let_next_start();
   if (appends<T>(append, b, h, errors)) return;
@@ -171,7 +287,11 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
       const int32_t g = first_head + i / width, d = i % width;
       const int64_t at = b * p.q_stride_b + (h * p.group + g) * p.q_stride_h + (d < head_dim ? d : d - head_dim);
       const float x = load_float(p.q, p.q_dtype, at);
-      values[i] = d < head_dim ? min_nan(x, 0) : max_nan(x, 0);
+      if (mean_std) {
+        values[i] = d < head_dim ? x : x * x;
+      } else {
+        values[i] = d < head_dim ? min_nan(x, 0) : max_nan(x, 0);
+      }
     }
     __syncthreads();
 #pragma unroll 1
@@ -180,21 +300,30 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
       if (tile.first >= max_pages) break;
 #pragma unroll 1
       for (int32_t r = n; r < kScoreTile; r += 8) {
-        const T* const row = summary_row<T>(p, tile, b, h, r, finding);
-        float best = first_head == 0 || c != 0 || row == nullptr ? -INFINITY : tile.scores[tile.first + r];
+        const SummaryRow<T> row = summary_row<T>(p, tile, b, h, r, finding);
+        const float unit = row.scale * p.scale;
+        float best = first_head == 0 || c != 0 || row.data == nullptr ? -INFINITY : tile.scores[tile.first + r];
 #pragma unroll 1
         for (int32_t g = 0; g < heads; ++g) {
-          float sum = 0;
-#pragma unroll 2
-          for (int32_t d = 4 * c; row && d < width; d += 16) {
+          float sums[2];  // of the halves
 #pragma unroll
-            for (int32_t i = d; i < d + 4; ++i) sum = fmaf(values[g * width + i], to_float(row[i]), sum);
+          for (int half = 0; half < 2; ++half) {
+            sums[half] = 0;
+#pragma unroll 2
+            for (int32_t d = half * head_dim + 4 * c; row.data && d < (half + 1) * head_dim; d += 16) {
+#pragma unroll
+              for (int32_t i = d; i < d + 4; ++i) {
+                float x = to_float(row.data[i]);
+                if (half == 1 && mean_std) x *= x;
+                sums[half] = fmaf(values[g * width + i], x, sums[half]);
+              }
+            }
+            sums[half] += __shfl_xor_sync(~0u, sums[half], 1);
+            sums[half] += __shfl_xor_sync(~0u, sums[half], 2);
           }
-          sum += __shfl_xor_sync(~0u, sum, 1);
-          sum += __shfl_xor_sync(~0u, sum, 2);
-          best = max_nan(best, sum * p.scale);
+          best = max_nan(best, unit * (sums[0] + (mean_std ? 0.5f * unit * sums[1] : sums[1])));
         }
-        if (c == 0) tile.store(max_pages, r, best, row != nullptr);
+        if (c == 0) tile.store(max_pages, r, best, row.data != nullptr);
       }
     }
   }

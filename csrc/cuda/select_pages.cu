@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
     finding.report(errors, Op::kSelectPages, b);
   }
   if (pages > capacity) {
-    select_pages_of<kStaged>(scratch, p, b, h, length, reinterpret_cast<uint32_t*>(staged), out);
+    select_pages_of<kStaged>(scratch, p, b, h, length, reinterpret_cast<uint32_t*>(staged), out, false);
   } else {
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < capacity; i += kThreads) out[i] = i < pages ? i : -1;

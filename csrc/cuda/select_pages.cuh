@@ -1,10 +1,9 @@
-// Selection by one block, without sorting. Scores become integers in the same order ("keys"), counted from the smallest
-// and shifted up so that the first digit already tells most apart. The k-th best is found digit by digit (a histogram
-// of eight bits a pass) until at most 32 pages can be it; then those are compared with each other. One scan in page
-// order writes the chosen pages, ascending. It runs once in a kernel, so it is short code: instructions come from
-// memory too.
+// Selection by one block, without sorting. Scores become integers in the same order ("keys"). Few pages are chosen by
+// comparing candidates with each other (select_few), many by radix (select_many). It runs once in a kernel, so it is
+// short code: instructions come from memory too.
 #pragma once
 
+#include "cuda/loss.cuh"
 #include "cuda/pages.cuh"
 
 namespace lil::cuda {
@@ -15,12 +14,54 @@ __device__ inline uint32_t score_key(float x) {
   return isnan(x) ? ~0u : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+__device__ inline float score_of_key(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+}
+
+constexpr int32_t kMostThreads = 512, kFewCandidates = 256, kFewChosen = kFewCandidates / 2;
+
 struct alignas(16) SelectScratch {
   uint32_t histogram[2][256];  // in turn: one is cleared while the other is read
+  uint32_t best[kMostThreads];
+  uint32_t few_keys[kFewCandidates];  // zeros beyond the candidates
+  int32_t few_pages[kFewCandidates], chosen[kFewChosen];
+  uint2 candidates[32];        // key, page
   uint32_t low[32], high[32];  // one a warp
-  uint32_t bin, above, in_bin, num_candidates;
-  uint2 candidates[32];  // key, page
+  float unread[32];            // one a warp
+  uint32_t bin, above, in_bin, num_candidates, num_chosen;
+  uint32_t last_key, last_page;  // of the last one chosen: those that come after it in key, then in page, are not
 };
+
+// Four bytes from global to shared memory, without a register between; complete after wait_for_copies().
+__device__ inline void copy_async(uint32_t* to, const float* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+}
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// How many of `values`, a multiple of four of them and zeros beyond, are greater than x (or less): every `lanes`-th
+// group of four, from `lane` on, in batches of 16 a lane.
+template <bool kGreater, class Four, class T>
+__device__ inline int32_t count_of(const T* values, int32_t count, T x, int32_t lane, int32_t lanes) {
+  constexpr int kBatch = 4;
+  int32_t found = 0;
+#pragma unroll 1
+  for (int32_t first = lane; 4 * first < count; first += kBatch * lanes) {
+    Four batch[kBatch];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) batch[u] = reinterpret_cast<const Four*>(values)[first + u * lanes];
+#pragma unroll
+    for (const Four& others : batch) {
+      if constexpr (kGreater) {
+        found += (others.x > x) + (others.y > x) + (others.z > x) + (others.w > x);
+      } else {
+        found += (others.x < x) + (others.y < x) + (others.z < x) + (others.w < x);
+      }
+    }
+  }
+  return found;
+}
 
 // The scores of pages [0, n) as keys: kept in shared memory, or made again in each pass where they are too many.
 template <bool kStaged>
@@ -33,11 +74,113 @@ struct SelectKeys {
 
   __device__ uint32_t make(int32_t i) const { return i < n ? score_key(scores[i]) : 0; }
 
+  // Of a page below n, after stage(): one of this thread's own at once, others after the next __syncthreads().
+  __device__ uint32_t at(int32_t i) const { return kStaged ? staged[i] : score_key(scores[i]); }
+
+  // Calls f(page, j, key) for this thread's pages: the j-th is threadIdx.x + j * blockDim.x. Keys are asked for in
+  // batches, since a loop waits for each.
+  template <class F>
+  __device__ void for_own(F f) const {
+    constexpr int kBatch = 8;
+#pragma unroll 1
+    for (int32_t first = threadIdx.x, j = 0; first < n; first += kBatch * blockDim.x, j += kBatch) {
+      uint32_t batch[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int32_t i = first + u * blockDim.x;
+        batch[u] = i < n ? at(i) : 0;
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int32_t i = first + u * blockDim.x;
+        if (i < n) f(i, j + u, batch[u]);
+      }
+    }
+  }
+
+  // Makes the keys of this thread's pages; returns the best of them.
+  __device__ uint32_t stage() const {
+    uint32_t best = 0;
+    if constexpr (kStaged) {
+      // The one long wait: all scores are on their way at once.
+#pragma unroll 4
+      for (int32_t i = threadIdx.x; i < n; i += blockDim.x) copy_async(staged + i, scores + i);
+      wait_for_copies();
+    }
+    for_own([&](int32_t i, int32_t, uint32_t key) {
+      if constexpr (kStaged) staged[i] = key = score_key(__uint_as_float(key));
+      best = max(best, key);
+    });
+    return best;
+  }
+
   __device__ uint4 load(int32_t i) const {
     if constexpr (kStaged) return *reinterpret_cast<const uint4*>(staged + i);
     return {make(i), make(i + 1), make(i + 2), make(i + 3)};
   }
 };
+
+// Writes the `k` best pages of [0, n), 0 < k < n, as first_page + page, ascending, where `k` is at most 16 a warp and
+// kFewChosen, and n at most 64 a thread; complete after the next __syncthreads(). `best`: what keys.stage() returned.
+// Each warp finds a key that its share of the k reaches, one page a lane: so at least k pages reach the least of those
+// keys, and seldom many more. They are ranked by comparing all with all. False, and nothing was written, where they are
+// too many or where equals would have to be told apart.
+template <bool kStaged>
+__device__ bool select_few(SelectScratch& s, const SelectKeys<kStaged>& keys, uint32_t best, int32_t k,
+                           int32_t first_page, int32_t* out) {
+  const int32_t n = keys.n, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int32_t share = ceil_div(k, warps);
+  s.best[threadIdx.x] = best;
+  __syncwarp();
+  const int32_t better_lanes = count_of<true, uint4>(s.best + 32 * warp, 32, best, 0, 1);
+  const uint32_t reached = __reduce_min_sync(~0u, better_lanes < share ? best : ~0u);
+  if (lane == 0) s.low[warp] = reached;
+  for (int32_t i = threadIdx.x; i < kFewCandidates; i += blockDim.x) s.few_keys[i] = 0;
+  for (int32_t i = threadIdx.x; i < kFewChosen; i += blockDim.x) s.chosen[i] = INT32_MAX;
+  if (threadIdx.x == 0) s.num_candidates = s.num_chosen = 0, s.last_key = ~0u, s.last_page = ~0u;
+  __syncthreads();
+  const uint32_t least = __reduce_min_sync(~0u, lane < warps ? s.low[lane] : ~0u);
+
+  uint64_t mine = 0;  // bit j: this thread's j-th page
+  keys.for_own([&](int32_t, int32_t j, uint32_t key) { mine |= static_cast<uint64_t>(key >= least) << j; });
+  if (mine != 0) {
+    int32_t at = atomicAdd(&s.num_candidates, __popcll(mine));
+#pragma unroll 1
+    for (; mine != 0 && at < kFewCandidates; mine &= mine - 1, ++at) {
+      const int32_t i = threadIdx.x + (__ffsll(mine) - 1) * blockDim.x;
+      s.few_keys[at] = keys.at(i), s.few_pages[at] = i;
+    }
+  }
+  __syncthreads();
+  const int32_t count = s.num_candidates;
+  if (count > kFewCandidates) return false;
+
+  // Two lanes a candidate: each compares it with half of the others.
+#pragma unroll 1
+  for (int32_t first = 0; first < count; first += blockDim.x / 2) {
+    const int32_t i = first + static_cast<int32_t>(threadIdx.x) / 2;
+    const uint32_t key = i < count ? s.few_keys[i] : ~0u;
+    int32_t better = count_of<true, uint4>(s.few_keys, count, key, threadIdx.x % 2, 2);
+    better += __shfl_xor_sync(~0u, better, 1);
+    if (threadIdx.x % 2 == 0 && i < count && better < k) {
+      const uint32_t slot = atomicAdd(&s.num_chosen, 1);
+      if (slot < k) s.chosen[slot] = s.few_pages[i];
+      atomicMin(&s.last_key, key);
+    }
+  }
+  __syncthreads();
+  if (s.num_chosen != k) return false;
+  // Four lanes a page: its place among the chosen.
+#pragma unroll 1
+  for (int32_t first = 0; first < k; first += blockDim.x / 4) {
+    const int32_t i = first + static_cast<int32_t>(threadIdx.x) / 4, page = i < k ? s.chosen[i] : 0;
+    int32_t before = count_of<false, int4>(s.chosen, k, page, threadIdx.x % 4, 4);
+    before += __shfl_xor_sync(~0u, before, 1);
+    before += __shfl_xor_sync(~0u, before, 2);
+    if (threadIdx.x % 4 == 0 && i < k) out[before] = first_page + page;
+  }
+  return true;
+}
 
 // The largest bin whose keys, with those of the bins above, reach `wanted`; by one warp, eight bins a lane.
 __device__ inline void find_bin(SelectScratch& s, const uint32_t* histogram, uint32_t wanted) {
@@ -74,21 +217,17 @@ __device__ inline uint32_t sum_before(uint32_t* one_a_warp, uint32_t x, uint32_t
   return __reduce_add_sync(~0u, lane < warp ? one_a_warp[lane] : 0);
 }
 
-// Writes the `k` best pages of [0, n), 0 < k < n, as first_page + page, ascending; among equals the earlier. The whole
-// block calls it; out is complete after the next __syncthreads().
+// As select_few, for any k. Keys are counted from the smallest and shifted up, so that the first digit already tells
+// most apart. The k-th best is found digit by digit (a histogram of eight bits a pass) until at most 32 pages can be
+// it; then those are compared with each other. One scan in page order writes the chosen pages.
 template <bool kStaged>
-__device__ void select_best(SelectScratch& s, const SelectKeys<kStaged>& keys, int32_t k, int32_t first_page,
+__device__ void select_many(SelectScratch& s, const SelectKeys<kStaged>& keys, int32_t k, int32_t first_page,
                             int32_t* out) {
   constexpr int32_t kStep = 32 * SelectKeys<kStaged>::kAtOnce;
   const int32_t n = keys.n, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   uint32_t low = ~0u, high = 0;
-  __syncthreads();  // an earlier user may still read the scratch
-#pragma unroll 8
-  for (int32_t i = threadIdx.x; i < n; i += blockDim.x) {  // the one long wait: many loads in flight
-    const uint32_t key = keys.make(i);
-    if constexpr (kStaged) keys.staged[i] = key;
-    low = min(low, key), high = max(high, key);
-  }
+  __syncthreads();  // keys are staged, and select_few is done with the scratch
+  keys.for_own([&](int32_t, int32_t, uint32_t key) { low = min(low, key), high = max(high, key); });
   low = __reduce_min_sync(~0u, low);
   high = __reduce_max_sync(~0u, high);
   if (lane == 0) s.low[warp] = low, s.high[warp] = high;
@@ -183,6 +322,7 @@ __device__ void select_best(SelectScratch& s, const SelectKeys<kStaged>& keys, i
   }
 
   uint32_t at = sum_before(s.high, above, own);
+  if (threadIdx.x == 0) s.last_key = (last_digits >> shift) + low, s.last_page = last_page;
   const auto taken = [&](int32_t page, uint32_t d) -> uint32_t {
     return page < n && (d > last_digits || (d == last_digits && page <= static_cast<int32_t>(last_page)));
   };
@@ -198,12 +338,46 @@ __device__ void select_best(SelectScratch& s, const SelectKeys<kStaged>& keys, i
   });
 }
 
+// Weighs one token of each page of `keys` that comes after the last one chosen: log2 of each warp's sum goes to
+// s.unread. A warp's sum is relative to its own largest weight: the last one chosen may lie far above.
+template <bool kStaged>
+__device__ void weigh_unread(SelectScratch& s, const SelectKeys<kStaged>& keys, float softcap) {
+  const uint32_t last_key = s.last_key, last_page = s.last_page;
+  const auto unread = [&](int32_t i, uint32_t key) {
+    return key < last_key || (key == last_key && static_cast<uint32_t>(i) > last_page);
+  };
+  uint32_t most = 0;
+  keys.for_own([&](int32_t i, int32_t, uint32_t key) { most = max(most, unread(i, key) ? key : 0); });
+  most = __reduce_max_sync(~0u, most);
+  const float base = finite_base(log2_weight(score_of_key(most), softcap));
+  float sum = 0;
+  keys.for_own([&](int32_t i, int32_t, uint32_t key) {
+    if (unread(i, key)) sum += exp2_approx(log2_weight(score_of_key(key), softcap) - base);
+  });
+#pragma unroll
+  for (int32_t step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  if (threadIdx.x % 32 == 0) s.unread[threadIdx.x / 32] = base + log2f(sum);
+}
+
+// log2 of the sum of all warps over all tokens: such pages are full.
+__device__ inline float log2_unread(const SelectScratch& s, PageSize page_size) {
+  const int32_t warps = blockDim.x / 32;
+  float most = -INFINITY, sum = 0;
+#pragma unroll 4
+  for (int32_t warp = 0; warp < warps; ++warp) most = max_nan(most, s.unread[warp]);
+  const float base = finite_base(most);
+#pragma unroll 4
+  for (int32_t warp = 0; warp < warps; ++warp) sum += exp2f(s.unread[warp] - base);
+  return base + log2f(sum) + page_size.shift;
+}
+
 // The pages that one KV head of sequence b reads, into `out`. The sequence has more pages than p.capacity. `staged`:
 // null, or room for the keys of so many pages. As the CPU's select_one: recent pages first, then the head of the
-// sequence, then the best of the rest.
+// sequence, then the best of the rest. Returns the keys of the rest, for weigh_unread; keep_rest: they are made even if
+// none of them can be chosen.
 template <bool kStaged>
-__device__ void select_pages_of(SelectScratch& s, const SelectPagesParams& p, int32_t b, int32_t h, int32_t length,
-                                uint32_t* staged, int32_t* out) {
+__device__ SelectKeys<kStaged> select_pages_of(SelectScratch& s, const SelectPagesParams& p, int32_t b, int32_t h,
+                                               int32_t length, uint32_t* staged, int32_t* out, bool keep_rest) {
   const PageSize page_size(p.page_size);
   const int32_t pages = page_size.pages(length), capacity = static_cast<int32_t>(p.capacity);
   const int32_t recent = page_size.page(max(0, length - static_cast<int32_t>(p.recent)));
@@ -212,10 +386,23 @@ __device__ void select_pages_of(SelectScratch& s, const SelectPagesParams& p, in
   const int32_t head = min(min(recent, room), min(pages, page_size.page(protect) + (page_size.slot(protect) != 0)));
   for (int32_t i = threadIdx.x; i < head; i += blockDim.x) out[i] = i;
   for (int32_t i = threadIdx.x; i < pages - recent; i += blockDim.x) out[room + i] = recent + i;
-  if (room > head) {
-    const SelectKeys<kStaged> keys{p.scores + b * p.stride_b + h * p.stride_h + head, staged, recent - head};
-    select_best(s, keys, room - head, head, out + head);
+  const int32_t k = room - head;
+  const SelectKeys<kStaged> keys{p.scores + b * p.stride_b + h * p.stride_h + head, staged, recent - head};
+  if (k > 0 || keep_rest) {
+    const uint32_t best = keys.stage();
+    if (k == 0) {
+      // Nothing is chosen: all come after one that weighs as much as the best.
+      if (threadIdx.x == 0) s.last_key = 0, s.last_page = 0;
+      __syncthreads();
+      atomicMax(&s.last_key, best);
+      __syncthreads();
+      if (threadIdx.x == 0 && s.last_key != ~0u) ++s.last_key;
+    } else if (k > min(kFewChosen, static_cast<int32_t>(blockDim.x / 2)) || keys.n > 64 * blockDim.x ||
+               !select_few(s, keys, best, k, head, out + head)) {
+      select_many(s, keys, k, head, out + head);
+    }
   }
+  return keys;
 }
 
 }  // namespace lil::cuda

@@ -14,6 +14,7 @@
 
 #include "cuda/backend.h"
 #include "cuda/instances.h"
+#include "cuda/loss.cuh"
 #include "cuda/numbers.cuh"
 #include "cuda/select_pages.cuh"
 
@@ -24,12 +25,12 @@ constexpr int kTileHeads = 8;   // query heads of one product
 constexpr int kSplitTiles = 8;  // a split of a short list
 constexpr int kMaxCluster = 8;  // splits that one cluster holds on every device that has clusters
 constexpr int kLongTiles = 32;  // a split of a list so long that it takes more
-constexpr float kLog2E = 1.44269504088896340736f;
 
 // Where the two halves of a tile lie, 8 tokens each (a page has at least 8), and which of the 16 take part.
 struct TilePlace {
-  int64_t k[2], v[2];  // elements from the buffers' start to the half's first row
-  uint32_t tokens;     // bit t: token t
+  int64_t k[2], v[2];            // elements from the buffers' start to the half's first row
+  uint32_t tokens;               // bit t: token t
+  float k_scale[2], v_scale[2];  // float8 only
 
   __device__ bool valid(int half, int32_t t) const { return tokens >> (8 * half + t) & 1; }
 };
@@ -43,7 +44,9 @@ struct PageList {
     return static_cast<int32_t>(((static_cast<int64_t>(entries) << page_size.shift) + kTile - 1) / kTile);
   }
 
+  // kScaled: the pages' scales as well.
   // Half a tile: `slot` is its first token in the page that the list's entry names.
+  template <bool kScaled>
   __device__ void place_half(const SparseDecodeParams& p, PageSize page_size, int half, int32_t page, int32_t physical,
                              int32_t slot, TilePlace& place) const {
     if (physical < 0) return;
@@ -54,9 +57,14 @@ struct PageList {
     const int32_t low = min(8, max(0, start - position)), high = max(0, min(8, length - position));
     place.k[half] = offset(p.cache.k);
     place.v[half] = offset(p.cache.v);
+    if constexpr (kScaled) {
+      place.k_scale[half] = p.cache.k_scale.at(physical, h);
+      place.v_scale[half] = p.cache.v_scale.at(physical, h);
+    }
     place.tokens |= (((1u << high) - 1) & ~((1u << low) - 1)) << (8 * half);
   }
 
+  template <bool kScaled>
   __device__ TilePlace place(const SparseDecodeParams& p, PageSize page_size, int32_t tile, Finding& finding) const {
     TilePlace place{};
     const auto look_up = [&](int32_t entry, int32_t& page) {
@@ -69,13 +77,13 @@ struct PageList {
     const int32_t token = tile * kTile;  // counted along the list
     int32_t page = -1, slot = page_size.slot(token);
     int32_t physical = look_up(page_size.page(token), page);
-    place_half(p, page_size, 0, page, physical, slot, place);
+    place_half<kScaled>(p, page_size, 0, page, physical, slot, place);
     slot += 8;
     if (page_size.shift == 3) {
       physical = look_up(page_size.page(token + 8), page);
       slot = 0;
     }
-    place_half(p, page_size, 1, page, physical, slot, place);
+    place_half<kScaled>(p, page_size, 1, page, physical, slot, place);
     return place;
   }
 };
@@ -87,6 +95,8 @@ struct PageList {
 template <class T>
 struct FmaEngine {
   static constexpr int kHeads = kTileHeads, kMaxHeadDim = 256, kColumns = kMaxHeadDim / 32;
+  static constexpr bool kScaled = kIsFloat8<T>;
+  static constexpr int kBlocksPerSm = 1;
   __device__ static int32_t head_dim_of(const SparseDecodeParams& p) { return static_cast<int32_t>(p.cache.head_dim); }
   __device__ static DType out_dtype(const SparseDecodeParams& p) { return p.q_dtype; }
   static constexpr size_t kQueryBytes = kHeads * kMaxHeadDim * sizeof(float);
@@ -125,6 +135,10 @@ struct FmaEngine {
   __device__ void load_k(const SparseDecodeParams&, const TilePlace& place) { k_place = place; }
   __device__ void load_v(const SparseDecodeParams&, const TilePlace& place) { v_place = place; }
 
+  __device__ float logit_scale(const SparseDecodeParams& p, const TilePlace& place, int, int i) const {
+    return kScaled ? p.scale * place.k_scale[i / 2] : p.scale;
+  }
+
   __device__ void logits(float (&s)[1][4]) const {
     const int32_t n = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll
@@ -144,7 +158,7 @@ struct FmaEngine {
     }
   }
 
-  __device__ void weigh(const float (&s)[1][4], const float (&decay)[1][2]) {
+  __device__ void weigh(const float (&s)[1][4], const float (&decay)[1][2], const TilePlace&) {
     const int32_t lane = threadIdx.x % 32;
 #pragma unroll
     for (int g = 0; g < kHeads; ++g) {
@@ -164,7 +178,7 @@ struct FmaEngine {
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
           if (lane + 32 * i < head_dim) {
-            const float x = to_float(row[lane + 32 * i]);
+            const float stored = to_float(row[lane + 32 * i]), x = kScaled ? stored * v_place.v_scale[half] : stored;
 #pragma unroll
             for (int g = 0; g < kHeads; ++g) acc[g][i] = fmaf(weights[g], x, acc[g][i]);
           }
@@ -227,14 +241,22 @@ __device__ inline Merged merge(int32_t count, Max max, Sum sum, Acc acc) {
   return all;
 }
 
+// `unread`: log2 of the sum of exponentials of what was not read, for the loss.
+struct Unread {
+  float* loss;  // null: not asked for
+  float log2_sum;
+};
+
 // Elements d to d + 3 of one head.
 __device__ inline void write_result(const SparseDecodeParams& p, DType dtype, int64_t head, int32_t d,
-                                    const Merged& all) {
+                                    const Merged& all, Unread unread) {
   const float scale = 1 / all.sum;
   float4 out{all.acc.x * scale, all.acc.y * scale, all.acc.z * scale, all.acc.w * scale};
   if (all.sum == 0) out = {0, 0, 0, 0};  // nothing weighs anything, not even NaN
   store_floats(out, p.out, dtype, head * p.cache.head_dim + d);
-  if (d == 0) p.lse[head] = all.sum == 0 ? -INFINITY : all.max / kLog2E + logf(all.sum);
+  if (d != 0) return;
+  p.lse[head] = all.sum == 0 ? -INFINITY : all.max / kLog2E + logf(all.sum);
+  if (unread.loss) unread.loss[head] = lost_share(all.sum == 0 ? -INFINITY : all.max + log2f(all.sum), unread.log2_sum);
 }
 
 // How many splits a list has. It follows from the list's tiles and from what the batch and the device give, never from
@@ -296,14 +318,26 @@ __device__ inline void remote_store(float* here, int32_t rank, float4 value) {
   remote_store(reinterpret_cast<float4*>(here), rank, value);
 }
 
-// kSelects: the list of pages is chosen here, from select.scores. scratch: null, or room for the partial results of
+// Logits of one tile, times log2 e, where the masses will be: tokens n and n + 8 of `token` for heads g and g + 1.
+__device__ inline void store_logits(const SparseDecodeParams& p, const float (&s)[4], int64_t first_row, int32_t g,
+                                    int64_t token) {
+  const int64_t width = p.entries_capacity() * p.cache.page_size;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t at = token + 8 * (i / 2);
+    if (g + i % 2 < p.group && at < width) p.token_mass[(first_row + g + i % 2) * width + at] = s[i];
+  }
+}
+
+// kSelects: the list of pages is chosen here, from its scores. scratch: null, or room for the partial results of
 // every split, which sparse_decode_merge then merges.
 template <class Engine, bool kSelects>
-__global__ void __launch_bounds__(256, 1)
-    sparse_decode_kernel(const __grid_constant__ SparseDecodeParams p, const __grid_constant__ SelectPagesParams select,
+__global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
+    sparse_decode_kernel(const __grid_constant__ SparseDecodeParams p, const __grid_constant__ Selecting selecting,
                          const SplitPlan plan, float* const scratch, ErrorWord* errors) {
   constexpr int kHeads = Engine::kHeads, kBlocks = kHeads / kTileHeads;
   extern __shared__ uint4 shared[];
+  const SelectPagesParams& select = selecting.pages;
   const int32_t head_dim = Engine::head_dim_of(p), warps = blockDim.x / 32, splits = gridDim.x;
   const int32_t split = blockIdx.x, h = plan.head_blocks == 1 ? blockIdx.y : blockIdx.y / plan.head_blocks;
   const int32_t first_head = (blockIdx.y - h * plan.head_blocks) * kHeads, b = blockIdx.z;
@@ -312,26 +346,39 @@ __global__ void __launch_bounds__(256, 1)
   float* const parts = reinterpret_cast<float*>(selected + (kSelects ? plan.list_words(select) : 0));
   const bool in_cluster = splits > 1 && scratch == nullptr;
   if (in_cluster) cluster_arrive();
-  // Whoever scored has waited for what came before it, so the queries may be read before its scores are there.
-  if (kSelects) Engine::stage_queries(p, b, h, first_head, shared);
-  wait_for_previous();
-  let_next_start();
-
   Finding finding;
   const PageSize page_size(p.cache.page_size);
   PageList list{p.pages ? p.pages + b * p.pages_stride_b + h * p.pages_stride_h : nullptr, b, h};
-  list.length = checked_length(finding, p.seq_lens, b, p.table.max_pages << page_size.shift);
+  const auto read_length = [&] {
+    list.length = checked_length(finding, p.seq_lens, b, p.table.max_pages << page_size.shift);
+  };
+  // Whoever scored has waited for what came before it. So all but its scores and the cache may be read before they are
+  // there: queries, lengths, and the page table, which will be looked up in L1.
+  if (kSelects) {
+    Engine::stage_queries(p, b, h, first_head, shared);
+    read_length();
+    constexpr int32_t kLine = 128 / sizeof(int32_t);
+#pragma unroll 1
+    for (int32_t i = threadIdx.x * kLine; i < page_size.pages(list.length); i += blockDim.x * kLine) {
+      prefetch(&p.table.data[b * p.table.stride_b + h * p.table.stride_h + i]);
+    }
+  }
+  wait_for_previous();
+  let_next_start();
+  if (!kSelects) read_length();
   list.start = p.window > 0 && p.window < list.length ? list.length - static_cast<int32_t>(p.window) : 0;
   list.entries = page_size.pages(list.length);
+  __shared__ std::conditional_t<kSelects, SelectScratch, int> select_scratch;
+  SelectKeys<true> left_out{};
   if constexpr (kSelects) {
     // Every block of the head selects for itself: no launch more, and no list through memory.
-    __shared__ SelectScratch select_scratch;
     if (list.entries > select.capacity) {
-      select_pages_of<true>(select_scratch, select, b, h, list.length, reinterpret_cast<uint32_t*>(parts), selected);
+      left_out = select_pages_of<true>(select_scratch, select, b, h, list.length, reinterpret_cast<uint32_t*>(parts),
+                                       selected, selecting.loss);
       list.entries = static_cast<int32_t>(select.capacity);
       list.pages = selected;
     }
-    __syncthreads();  // the list and the staged queries are complete; the keys are not needed any more
+    __syncthreads();  // the list and the staged queries are complete
   } else if (p.selected) {
     list.entries = p.counts ? p.counts[b * p.cache.kv_heads + h] : static_cast<int32_t>(p.capacity);
     const bool bad = list.entries < 0 || list.entries > p.capacity;
@@ -342,7 +389,8 @@ __global__ void __launch_bounds__(256, 1)
   const int32_t end = min(tiles, (split + 1) * per_split);
 
   // Each turn places a tile and asks for its keys, and computes with the tile of the turn before. So the first rows are
-  // on their way while the queries are staged, and a tile's values while its logits are computed.
+  // on their way while the queries are staged or what was left out is weighed, and a tile's values while its logits are
+  // computed.
   Engine engine(p, shared);
   float max[kBlocks][2], sum[kBlocks][2];
 #pragma unroll
@@ -357,20 +405,24 @@ __global__ void __launch_bounds__(256, 1)
     const bool more = tile < end;
     TilePlace next{};
     if (placed) engine.load_v(p, place);
-    if (more) next = list.place(p, page_size, tile, finding);
+    if (more) next = list.place<Engine::kScaled>(p, page_size, tile, finding);
     float s[kBlocks][4], decay[kBlocks][2];
     if (placed) engine.logits(s);
     if (more) engine.load_k(p, next);
     if (placed) {
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
-        for (float& logit : s[block]) logit *= p.scale;
+        for (int i = 0; i < 4; ++i) s[block][i] *= engine.logit_scale(p, place, block, i);
         if (p.softcap > 0) {
           for (float& logit : s[block]) logit = p.softcap * tanhf(logit / p.softcap);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           s[block][i] = place.valid(i / 2, n) ? s[block][i] * kLog2E : -INFINITY;
+        }
+        if (!kSelects && p.token_mass) {
+          store_logits(p, s[block], (b * p.cache.kv_heads + h) * p.group, first_head + block * kTileHeads + 2 * c,
+                       (tile - warps) * kTile + n);
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -387,10 +439,12 @@ __global__ void __launch_bounds__(256, 1)
           max[block][i] = high;
         }
       }
-      engine.weigh(s, decay);
-    } else if (!kSelects) {
+      engine.weigh(s, decay, place);
+    } else if constexpr (!kSelects) {
       Engine::stage_queries(p, b, h, first_head, shared);
       __syncthreads();
+    } else if (selecting.loss) {
+      weigh_unread(select_scratch, left_out, p.softcap);
     }
     if (!more) break;
     place = next;
@@ -398,7 +452,8 @@ __global__ void __launch_bounds__(256, 1)
   }
   finding.report(errors, Op::kSparseDecode, b);
 
-  // Warps leave their results in place of the keys that the selection staged there.
+  // Warps leave their results in place of the keys that the selection staged there, once nobody looks at them.
+  if (kSelects && selecting.loss) __syncthreads();
   const Partials of_warp(parts, warps, kHeads);
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
@@ -415,6 +470,10 @@ __global__ void __launch_bounds__(256, 1)
   engine.store(of_warp.acc + warp * kHeads * head_dim);
   __syncthreads();
 
+  Unread unread{selecting.loss, 0};
+  if constexpr (kSelects) {
+    if (selecting.loss) unread.log2_sum = log2_unread(select_scratch, page_size);
+  }
   const int32_t heads = min(kHeads, static_cast<int32_t>(p.group) - first_head), vectors = heads * head_dim / 4;
   const int64_t first_row = (b * p.cache.kv_heads + h) * p.group + first_head;
   // Every block of a cluster owns a share of the elements. The others send it theirs, so that after one barrier all is
@@ -433,7 +492,7 @@ __global__ void __launch_bounds__(256, 1)
         [&](int32_t w) { return of_warp.sum[w * kHeads + g]; },
         [&](int32_t w) { return reinterpret_cast<const float4*>(of_warp.acc + w * kHeads * head_dim)[i]; });
     if (splits == 1) {
-      write_result(p, Engine::out_dtype(p), first_row + g, d, all);
+      write_result(p, Engine::out_dtype(p), first_row + g, d, all, unread);
     } else if (scratch) {
       reinterpret_cast<float4*>(inbox.acc + split * kHeads * head_dim)[i] = all.acc;
       if (d == 0) inbox.max[split * kHeads + g] = all.max, inbox.sum[split * kHeads + g] = all.sum;
@@ -449,6 +508,9 @@ __global__ void __launch_bounds__(256, 1)
       }
     }
   }
+  if (kSelects && scratch && split == 0 && threadIdx.x == 0) {
+    scratch[gridDim.z * gridDim.y * Partials::size(splits, kHeads, head_dim) + head_block] = unread.log2_sum;
+  }
   if (!in_cluster) return;
   __syncwarp();
   cluster_arrive_release();
@@ -460,14 +522,15 @@ __global__ void __launch_bounds__(256, 1)
         splits, [&](int32_t s) { return inbox.max[s * kHeads + g]; },
         [&](int32_t s) { return inbox.sum[s * kHeads + g]; },
         [&](int32_t s) { return reinterpret_cast<const float4*>(inbox.acc)[s * share + t]; });
-    write_result(p, Engine::out_dtype(p), first_row + g, 4 * i - g * head_dim, all);
+    write_result(p, Engine::out_dtype(p), first_row + g, 4 * i - g * head_dim, all, unread);
   }
 }
 
-// Merges the splits that were not a cluster. Grid: [kv_heads * head_blocks, batch].
+// Merges the splits that were not a cluster. Grid: [kv_heads * head_blocks, batch]. loss: null, or to be written: the
+// head blocks' Unread::log2_sum lie behind the parts.
 template <int Heads>
 __global__ void sparse_decode_merge(const __grid_constant__ SparseDecodeParams p, const SplitPlan plan, float* scratch,
-                                    int32_t splits) {
+                                    int32_t splits, float* loss) {
   const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim), b = blockIdx.y;
   const int32_t h = blockIdx.x / plan.head_blocks, first_head = blockIdx.x % plan.head_blocks * Heads;
   const int32_t heads = min(Heads, static_cast<int32_t>(p.group) - first_head);
@@ -475,6 +538,8 @@ __global__ void sparse_decode_merge(const __grid_constant__ SparseDecodeParams p
   const Partials parts(scratch + head_block * Partials::size(splits, Heads, head_dim), splits, Heads);
   wait_for_previous();
   let_next_start();
+  const float* const log2_sums = scratch + gridDim.y * gridDim.x * Partials::size(splits, Heads, head_dim);
+  const Unread unread{loss, loss ? log2_sums[head_block] : 0};
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < heads * head_dim / 4; i += blockDim.x) {
     const int32_t g = 4 * i / head_dim;
@@ -482,23 +547,26 @@ __global__ void sparse_decode_merge(const __grid_constant__ SparseDecodeParams p
         splits, [&](int32_t s) { return parts.max[s * Heads + g]; },
         [&](int32_t s) { return parts.sum[s * Heads + g]; },
         [&](int32_t s) { return reinterpret_cast<const float4*>(parts.acc + s * Heads * head_dim)[i]; });
-    write_result(p, p.q_dtype, (b * p.cache.kv_heads + h) * p.group + first_head + g, 4 * i - g * head_dim, all);
+    write_result(p, p.q_dtype, (b * p.cache.kv_heads + h) * p.group + first_head + g, 4 * i - g * head_dim, all,
+                 unread);
   }
 }
 
 // Words that the keys of a selection take in shared memory.
 inline size_t select_key_words(const SelectPagesParams& select) { return (select.max_pages + 3) / 4 * 4; }
 
-// select.scores is null where the list of pages is given, or is all of them.
 template <class Engine>
-void launch_sparse_decode(const SparseDecodeParams& p, const SelectPagesParams& select, const Launch& launch,
+void launch_sparse_decode(const SparseDecodeParams& p, const Selecting& selecting, const Launch& launch,
                           const Tensor& on) {
+  const SelectPagesParams& select = selecting.pages;
   SplitPlan plan{};
   plan.head_blocks = static_cast<int32_t>((p.group + Engine::kHeads - 1) / Engine::kHeads);
   const int64_t rows = p.batch * p.cache.kv_heads * plan.head_blocks, sms = current_device().sms;
-  // Few heads take all the warps an SM can hold; many run two blocks of four warps on it.
-  plan.warps = 2 * rows <= sms ? 8 : 4;
-  plan.max_splits = static_cast<int32_t>(std::max<int64_t>(1, (plan.warps == 8 ? sms : 2 * sms) / rows));
+  // Few heads take all the warps an SM can hold; many run two blocks on it.
+  plan.warps = 2 * rows <= sms || Engine::kBlocksPerSm > 1 ? 8 : 4;
+  // Where registers allow no third block on an SM, clusters do not fill all that two would.
+  const int64_t places = Engine::kBlocksPerSm > 1 ? 3 * sms / 2 : plan.warps == 8 ? sms : 2 * sms;
+  plan.max_splits = static_cast<int32_t>(std::max<int64_t>(1, places / rows));
   const int64_t pages = select.scores ? select.capacity : p.selected ? p.capacity : p.table.max_pages;
   const int64_t tiles = (pages * p.cache.page_size + kTile - 1) / kTile;
   const int32_t splits = plan.splits(static_cast<int32_t>(std::min<int64_t>(tiles, INT32_MAX)));
@@ -513,18 +581,18 @@ void launch_sparse_decode(const SparseDecodeParams& p, const SelectPagesParams& 
   const dim3 grid(splits, p.cache.kv_heads * plan.head_blocks, p.batch);
   const auto start = [&]<bool kSelects>(float* scratch) {
     allow_shared<sparse_decode_kernel<Engine, kSelects>>(shared);
-    launch(sparse_decode_kernel<Engine, kSelects>, grid, 32 * plan.warps, shared, cluster ? splits : 1, p, select, plan,
-           scratch, error_word());
+    launch(sparse_decode_kernel<Engine, kSelects>, grid, 32 * plan.warps, shared, cluster ? splits : 1, p, selecting,
+           plan, scratch, error_word());
   };
   const auto start_either = [&](float* scratch) {
     select.scores ? start.template operator()<true>(scratch) : start.template operator()<false>(scratch);
   };
   if (splits == 1 || cluster) return start_either(nullptr);
   const Tensor scratch =
-      torch::stable::new_empty(on, {rows * Partials::size(splits, Engine::kHeads, head_dim)}, ScalarType::Float);
+      torch::stable::new_empty(on, {rows * (Partials::size(splits, Engine::kHeads, head_dim) + 1)}, ScalarType::Float);
   float* const data = static_cast<float*>(scratch.mutable_data_ptr());
   start_either(data);
-  launch(sparse_decode_merge<Engine::kHeads>, dim3(grid.y, grid.z), 128, 0, 1, p, plan, data, splits);
+  launch(sparse_decode_merge<Engine::kHeads>, dim3(grid.y, grid.z), 128, 0, 1, p, plan, data, splits, selecting.loss);
 }
 
 }  // namespace lil::cuda

@@ -1,20 +1,24 @@
 """The specification: every operator in plain PyTorch, float64 where it computes, with no tricks.
 
-Each module defines the operator of its name (`lz77_append`'s result is `lz77_sizes` of all tokens so far). Operators
-that write into their arguments are pure functions here and return the new values.
+Each module defines the operator of its name (`lz77_append`'s result is `lz77_sizes` of all tokens so far, and
+`sparse_decode`'s optional outputs are `attention_mass`). Operators that write into their arguments are pure functions
+here and return the new values.
 """
 
 from lil_ops.reference.append_kv import append_kv
 from lil_ops.reference.guardian_check import guardian_check
+from lil_ops.reference.information_loss import information_loss
 from lil_ops.reference.lz77_append import lz77_sizes
 from lil_ops.reference.score_pages import score_pages
 from lil_ops.reference.select_pages import select_pages
-from lil_ops.reference.sparse_decode import sparse_decode
+from lil_ops.reference.sparse_decode import attention_mass, sparse_decode
 from lil_ops.reference.sparse_decode_step import sparse_decode_step
 
 __all__ = [
     "append_kv",
+    "attention_mass",
     "guardian_check",
+    "information_loss",
     "lz77_sizes",
     "score_pages",
     "select_pages",

@@ -1,4 +1,4 @@
-"""Looking up pages, shared by the definitions."""
+"""Looking up pages and their scales, shared by the definitions."""
 
 from __future__ import annotations
 
@@ -11,3 +11,10 @@ def physical_page(page_table: torch.Tensor, b: int, h: int, page: int) -> int:
 
 def num_pages(length: int, page_size: int) -> int:
     return -(-length // page_size)
+
+
+def page_scale(scale: torch.Tensor | None, physical: int, h: int) -> torch.Tensor | float:
+    """What the stored values of a page are multiplied by: one factor a KV head, or a (page, KV head)."""
+    if scale is None:
+        return 1.0
+    return scale[physical, h] if scale.dim() == 2 else scale[h]

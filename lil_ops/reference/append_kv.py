@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from lil_ops.reference._pages import physical_page
+import torch
+
+from lil_ops.reference._pages import page_scale, physical_page
+
+LARGEST_FLOAT8 = 448.0
 
 
-def append_kv(k_cache, v_cache, summary, k, v, page_table, seq_lens, cu_seqlens=None, *, summary_mode="minmax"):
+def append_kv(
+    k_cache,
+    v_cache,
+    summary,
+    k,
+    v,
+    page_table,
+    seq_lens,
+    cu_seqlens=None,
+    *,
+    summary_mode="minmax",
+    k_scale=None,
+    v_scale=None,
+):
     """See `lil_ops.append_kv`. Pure: returns the new (k_cache, v_cache, summary)."""
-    assert summary_mode == "minmax"
+    assert summary_mode in ("minmax", "meanstd")
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     summary = None if summary is None else summary.clone()
     _, kv_heads, page_size, _ = k_cache.shape
@@ -19,10 +36,20 @@ def append_kv(k_cache, v_cache, summary, k, v, page_table, seq_lens, cu_seqlens=
                 page, slot = divmod(token, page_size)
                 physical = physical_page(page_table, b, h, page)
                 row = offsets[b] + token - first
-                k_cache[physical, h, slot] = k[row, h]
-                v_cache[physical, h, slot] = v[row, h]
+                k_cache[physical, h, slot] = stored(k[row, h], page_scale(k_scale, physical, h), k_cache.dtype)
+                v_cache[physical, h, slot] = stored(v[row, h], page_scale(v_scale, physical, h), v_cache.dtype)
                 if summary is not None:
-                    keys = k_cache[physical, h, : length - page * page_size]
-                    summary[physical, h, 0] = keys.amin(0)
-                    summary[physical, h, 1] = keys.amax(0)
+                    keys = k_cache[physical, h, : length - page * page_size].double()
+                    if summary_mode == "minmax":
+                        vectors = keys.amin(0), keys.amax(0)
+                    else:
+                        vectors = keys.mean(0), keys.std(0, correction=0)
+                    summary[physical, h] = torch.stack(vectors).to(summary.dtype)
     return k_cache, v_cache, summary
+
+
+def stored(x, scale, dtype):
+    """x as a cache of this dtype holds it."""
+    if dtype != torch.float8_e4m3fn:
+        return x
+    return (x.float() / scale).clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(dtype)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from lil_ops.reference._pages import num_pages, physical_page
+from lil_ops.reference._pages import num_pages, page_scale, physical_page
 
 
-def score_pages(q, summary, page_table, seq_lens, page_size, *, scale=None, summary_mode="minmax"):
+def score_pages(q, summary, page_table, seq_lens, page_size, *, scale=None, summary_mode="minmax", k_scale=None):
     """See `lil_ops.score_pages`; float64 result."""
-    assert summary_mode == "minmax"
+    assert summary_mode in ("minmax", "meanstd")
     batch, q_heads, head_dim = q.shape
     kv_heads = summary.size(1)
     scale = head_dim**-0.5 if scale is None else scale
@@ -21,7 +21,13 @@ def score_pages(q, summary, page_table, seq_lens, page_size, *, scale=None, summ
                 physical = physical_page(page_table, b, h, page)
                 if physical < 0:
                     continue
-                low, high = summary[physical, h].double()
-                bound = torch.maximum(queries[b, h] * low, queries[b, h] * high).sum(-1)
-                scores[b, h, page] = scale * bound.max()
+                unit = scale * float(page_scale(k_scale, physical, h))
+                first, second = summary[physical, h].double()
+                if summary_mode == "minmax":
+                    heads = unit * torch.maximum(queries[b, h] * first, queries[b, h] * second).sum(-1)
+                else:
+                    # Mean, and half the variance, of the logits of normal keys with independent elements.
+                    variance = (queries[b, h] ** 2 * second**2).sum(-1)
+                    heads = unit * (queries[b, h] @ first) + 0.5 * unit**2 * variance
+                scores[b, h, page] = heads.max()
     return scores

@@ -7,7 +7,7 @@ namespace {
 // The summary is computed anew from all tokens of the page, never merged with what was there: so a page's summary is
 // right after a slot was overwritten or a sequence cut short, and the first token of a page is no special case.
 template <class T>
-void summarise(const T* keys, int64_t stride_token, int64_t tokens, int64_t head_dim, T* summary) {
+void summarise_minmax(const T* keys, int64_t stride_token, int64_t tokens, int64_t head_dim, T* summary) {
   for (int64_t d = 0; d < head_dim; d += Vec::N) {
     Vec low = Vec::load(keys + d), high = low;
     for (int64_t t = 1; t < tokens; ++t) {
@@ -20,33 +20,69 @@ void summarise(const T* keys, int64_t stride_token, int64_t tokens, int64_t head
   }
 }
 
+// Relative to the first key: far from zero nothing cancels, and equal keys have a deviation of 0.
 template <class T>
+void summarise_meanstd(const T* keys, int64_t stride_token, int64_t tokens, int64_t head_dim, T* summary) {
+  const Vec count = Vec::set1(static_cast<float>(tokens));
+  for (int64_t d = 0; d < head_dim; d += Vec::N) {
+    const Vec base = Vec::load(keys + d);
+    Vec sum = Vec::zero(), squares = Vec::zero();
+    for (int64_t t = 1; t < tokens; ++t) sum = sum + (Vec::load(keys + t * stride_token + d) - base);
+    const Vec mean = sum / count;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Vec deviation = Vec::load(keys + t * stride_token + d) - base - mean;
+      squares = Vec::fma(deviation, deviation, squares);
+    }
+    (base + mean).store(summary + d);
+    Vec::sqrt(squares / count).store(summary + head_dim + d);
+  }
+}
+
+template <class T>
+void store_row(const T* row, int64_t head_dim, float, T* out) {
+  memcpy(out, row, head_dim * sizeof(T));
+}
+
+template <class S>
+void store_row(const S* row, int64_t head_dim, float scale, e4m3* out) {
+  for (int64_t d = 0; d < head_dim; d += Vec::N) (Vec::load(row + d) / Vec::set1(scale)).store(out + d);
+}
+
+// T is what the cache stores, S what comes.
+template <class T, class S>
 void append_page(const AppendKvParams& p, const AppendItem& item, int64_t h) {
-  const int64_t physical = p.pages.at(item.b, h, item.page), row_bytes = p.cache.head_dim * sizeof(T);
+  const int64_t physical = p.pages.at(item.b, h, item.page), head_dim = p.cache.head_dim;
   const auto at = [&](const PagedBuffer& buffer) {
     return static_cast<T*>(buffer.data) + physical * buffer.stride_page + h * buffer.stride_head;
   };
   T *k_page = at(p.cache.k), *v_page = at(p.cache.v);
-  const T* k = static_cast<const T*>(p.k) + item.first_token * p.k_stride_token + h * p.k_stride_head;
-  const T* v = static_cast<const T*>(p.v) + item.first_token * p.v_stride_token + h * p.v_stride_head;
+  const S* k = static_cast<const S*>(p.k) + item.first_token * p.k_stride_token + h * p.k_stride_head;
+  const S* v = static_cast<const S*>(p.v) + item.first_token * p.v_stride_token + h * p.v_stride_head;
+  const float k_scale = p.cache.k_scale.at(physical, h), v_scale = p.cache.v_scale.at(physical, h);
   for (int64_t slot = item.begin; slot < item.end; ++slot) {
-    memcpy(k_page + slot * p.cache.k.stride_token, k, row_bytes);
-    memcpy(v_page + slot * p.cache.v.stride_token, v, row_bytes);
+    store_row(k, head_dim, k_scale, k_page + slot * p.cache.k.stride_token);
+    store_row(v, head_dim, v_scale, v_page + slot * p.cache.v.stride_token);
     k += p.k_stride_token;
     v += p.v_stride_token;
   }
   if (p.summary.data) {
     T* summary = static_cast<T*>(p.summary.data) + physical * p.summary.stride_page + h * p.summary.stride_head;
-    summarise(k_page, p.cache.k.stride_token, item.tokens_in_page, p.cache.head_dim, summary);
+    const auto summarise = p.summary.mode == SummaryMode::kMeanStd ? summarise_meanstd<T> : summarise_minmax<T>;
+    summarise(k_page, p.cache.k.stride_token, item.tokens_in_page, head_dim, summary);
   }
 }
 
 }  // namespace
 
 void append_kv(const AppendKvParams& p, const AppendItem* items, int64_t begin, int64_t end) {
-  with_dtype(p.cache.dtype, [&]<class T>(const T*) {
-    for (int64_t i = begin; i < end; ++i) append_page<T>(p, items[i / p.cache.kv_heads], i % p.cache.kv_heads);
-  });
+  const auto append = [&](auto append_one) {
+    for (int64_t i = begin; i < end; ++i) append_one(p, items[i / p.cache.kv_heads], i % p.cache.kv_heads);
+  };
+  if (p.cache.dtype == DType::kFloat8E4M3) {
+    with_dtype(p.k_dtype, [&]<class S>(const S*) { append(append_page<e4m3, S>); });
+  } else {
+    with_dtype(p.cache.dtype, [&]<class T>(const T*) { append(append_page<T, T>); });
+  }
 }
 
 }  // namespace lil::cpu::LIL_ISA

@@ -41,10 +41,15 @@ struct Kernels {
   // Over batch x kv_heads; `first_item` [batch x kv_heads + 1] says which chunks are whose.
   void (*combine_chunks)(const SparseDecodeParams&, const AttendItem*, const int64_t* first_item, const Partials&,
                          int64_t begin, int64_t end);
+  // Over batch x kv_heads; `scratch` is the thread's own, max_pages + kLossPadding.
+  void (*information_loss)(const InformationLossParams&, float* scratch, int64_t begin, int64_t end);
 };
 
 // Pages that one item of score_pages covers.
 constexpr int64_t kScoreBlock = 64;
+
+// Up to a whole vector of any instruction set.
+constexpr int64_t kLossPadding = 16;
 
 // The best set that this processor runs; LIL_CPU_ISA=generic|avx2|avx512 in the environment asks for a lesser one, and
 // any other value throws.

@@ -64,43 +64,92 @@ void softmax(float* logits, int64_t count, float softcap, float* max, float* sum
   *sum = total.sum();
 }
 
-// Every token of a chunk that takes part, by the addresses of its rows; tokens outside the window or past the end never
-// get in.
+// The slots [first, last) of a physical page that an entry of the list reads: none outside the window, past the end, or
+// where the page is not mapped.
+struct Slots {
+  int64_t physical, first, last;
+};
+
+Slots slots_of(const SparseDecodeParams& p, const AttendItem& item, int64_t entry) {
+  const int64_t page = p.selected ? p.pages[item.b * p.pages_stride_b + item.h * p.pages_stride_h + entry] : entry;
+  if (page < 0) return {};
+  const int64_t page_size = p.cache.page_size, length = p.seq_lens[item.b];
+  const int64_t start = p.window > 0 && p.window < length ? length - p.window : 0;
+  const int64_t begin = page * page_size, stop = begin + page_size < length ? begin + page_size : length;
+  const int64_t from = begin > start ? begin : start;
+  const int64_t physical = p.table.at(item.b, item.h, page);
+  if (from >= stop || physical < 0) return {};
+  return {physical, from - begin, stop - begin};
+}
+
+// Every token of a chunk that takes part, by the addresses of its rows, in the order of the list.
 template <class T>
 struct ChunkRows {
   const T *k[kChunkTokens], *v[kChunkTokens];
+  float k_scale[kChunkTokens], v_scale[kChunkTokens];  // where the cache has such
   int64_t count;
 
   ChunkRows() {}  // the arrays stay as they are until gather
 
   void gather(const SparseDecodeParams& p, const AttendItem& item) {
-    const int64_t page_size = p.cache.page_size, length = p.seq_lens[item.b];
-    const int64_t start = p.window > 0 && p.window < length ? length - p.window : 0;
-    const int32_t* list = p.selected ? p.pages + item.b * p.pages_stride_b + item.h * p.pages_stride_h : nullptr;
+    const PagedBuffer &keys = p.cache.k, &values = p.cache.v;
+    const auto at = [&](const PagedBuffer& buffer, int64_t physical) {
+      return static_cast<const T*>(buffer.data) + physical * buffer.stride_page + item.h * buffer.stride_head;
+    };
     count = 0;
     for (int64_t entry = item.first; entry < item.last; ++entry) {
-      const int64_t page = list ? list[entry] : entry;
-      if (page < 0) continue;
-      const int64_t begin = page * page_size, stop = begin + page_size < length ? begin + page_size : length;
-      const int64_t from = begin > start ? begin : start;
-      if (from >= stop) continue;
-      const int64_t physical = p.table.at(item.b, item.h, page);
-      if (physical < 0) continue;  // not mapped
-      const auto at = [&](const PagedBuffer& buffer) {
-        return static_cast<const T*>(buffer.data) + physical * buffer.stride_page + item.h * buffer.stride_head;
-      };
-      const T *k_page = at(p.cache.k), *v_page = at(p.cache.v);
-      for (int64_t slot = from - begin; slot < stop - begin; ++slot) {
-        k[count] = k_page + slot * p.cache.k.stride_token;
-        v[count++] = v_page + slot * p.cache.v.stride_token;
+      const Slots slots = slots_of(p, item, entry);
+      const T *k_page = at(keys, slots.physical), *v_page = at(values, slots.physical);
+      const int64_t before = count;
+      for (int64_t slot = slots.first; slot < slots.last; ++slot) {
+        k[count] = k_page + slot * keys.stride_token;
+        v[count++] = v_page + slot * values.stride_token;
       }
+      fill(p.cache.k_scale, slots.physical, item.h, before, k_scale);
+      fill(p.cache.v_scale, slots.physical, item.h, before, v_scale);
     }
+  }
+
+  // The factors of rows [first, count), which are of one page.
+  void fill(const Scale& scale, int64_t physical, int64_t h, int64_t first, float* out) const {
+    if (!scale.data) return;
+    for (int64_t t = first; t < count; ++t) out[t] = scale.at(physical, h);
   }
 };
 
+void multiply(float* x, const float* factors, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) x[i] *= factors[i];
+}
+
+float sum_of(const float* x, int64_t count) {
+  Vec vectors = Vec::zero();
+  int64_t i = 0;
+  for (; i + Vec::N <= count; i += Vec::N) vectors = vectors + Vec::load(x + i);
+  float sum = vectors.sum();
+  for (; i < count; ++i) sum += x[i];
+  return sum;
+}
+
+// A chunk's weights, which are relative to its maximum, to the masses; share_masses does the rest. What is not read
+// gets 0, which no weight is.
+void put_masses(const SparseDecodeParams& p, const AttendItem& item, int64_t row, const float* weights) {
+  const int64_t page_size = p.cache.page_size, first = row * p.entries_capacity();
+  for (int64_t entry = item.first; entry < item.last; ++entry) {
+    const Slots slots = slots_of(p, item, entry);
+    const int64_t count = slots.last - slots.first;
+    if (p.page_mass) p.page_mass[first + entry] = sum_of(weights, count);
+    if (p.token_mass) {
+      float* const tokens = p.token_mass + (first + entry) * page_size;
+      memset(tokens, 0, page_size * sizeof(float));
+      memcpy(tokens + slots.first, weights, count * sizeof(float));
+    }
+    weights += count;
+  }
+}
+
 // `next` is the chunk after this one: its keys are fetched while this one's values are summed, as these are while the
 // logits are computed.
-template <class T, class Q>
+template <class T>
 void attend_chunk(const SparseDecodeParams& p, const AttendItem& item, const ChunkRows<T>& rows,
                   const ChunkRows<T>& next, const Partials& partials) {
   const int64_t head_dim = p.cache.head_dim, count = rows.count;
@@ -109,15 +158,19 @@ void attend_chunk(const SparseDecodeParams& p, const AttendItem& item, const Chu
     const int64_t heads = p.group - g < Vec::kHeadTile ? p.group - g : Vec::kHeadTile;
     float* acc = partials.acc + (item.partial + g) * head_dim;
     float *max = partials.max + item.partial + g, *sum = partials.sum + item.partial + g;
-    for (int64_t i = 0; i < heads; ++i) {
-      const Q* q = static_cast<const Q*>(p.q) + item.b * p.q_stride_b + (item.h * p.group + g + i) * p.q_stride_h;
-      for (int64_t d = 0; d < head_dim; d += Vec::N) {
-        (Vec::load(q + d) * Vec::set1(p.scale)).store(queries + i * head_dim + d);
-      }
-    }
+    load_queries(p.q, p.q_dtype, item.b * p.q_stride_b + (item.h * p.group + g) * p.q_stride_h, p.q_stride_h, heads,
+                 head_dim, p.scale, queries);
     const Ahead<T> ahead{next.k, g == 0 ? next.count : 0};
     dots(rows.k, count, queries, heads, head_dim, weights, kChunkTokens, Ahead<T>{rows.v, g == 0 ? count : 0});
-    for (int64_t i = 0; i < heads; ++i) softmax(weights + i * kChunkTokens, count, p.softcap, max + i, sum + i);
+    for (int64_t i = 0; i < heads; ++i) {
+      float* const row = weights + i * kChunkTokens;
+      if (p.cache.k_scale.data) multiply(row, rows.k_scale, count);
+      softmax(row, count, p.softcap, max + i, sum + i);
+      if (p.page_mass || p.token_mass) {
+        put_masses(p, item, (item.b * p.cache.kv_heads + item.h) * p.group + g + i, row);
+      }
+      if (p.cache.v_scale.data) multiply(row, rows.v_scale, count);
+    }
     switch (heads) {
       case 4:
         weigh_rows<4>(rows.v, rows.count, weights, head_dim, acc, ahead);
@@ -132,6 +185,23 @@ void attend_chunk(const SparseDecodeParams& p, const AttendItem& item, const Chu
         weigh_rows<1>(rows.v, rows.count, weights, head_dim, acc, ahead);
     }
   }
+}
+
+// Nothing read stays 0, also times NaN.
+void share(float* masses, int64_t count, float factor) {
+  for (int64_t i = 0; i < count; ++i) masses[i] *= masses[i] == 0 ? 1 : factor;
+}
+
+// One head's masses, `width` an entry, from those of its chunks; partials.max has the chunks' factors. Entries that are
+// in no chunk get 0.
+void share_masses(const SparseDecodeParams& p, const AttendItem* items, int64_t first, int64_t last,
+                  const Partials& partials, int64_t g, float scale, float* masses, int64_t width) {
+  for (int64_t i = first; i < last; ++i) {
+    share(masses + items[i].first * width, (items[i].last - items[i].first) * width,
+          partials.max[items[i].partial + g] * scale);
+  }
+  const int64_t end = first < last ? items[last - 1].last : 0;
+  memset(masses + end * width, 0, (p.entries_capacity() - end) * width * sizeof(float));
 }
 
 template <class Q>
@@ -151,8 +221,16 @@ void combine_head(const SparseDecodeParams& p, const AttendItem* items, int64_t 
     sum += partials.sum[at] * partials.max[at];
   }
   p.lse[row] = max + logf(sum);  // only such chunks: -inf
-  if (sum == 0) last = first;    // and out 0, also where a value is NaN
-  const Vec scale = Vec::set1(sum == 0 ? 0 : 1 / sum);
+  const float inverse = sum == 0 ? 0 : 1 / sum;
+  const auto masses = [&](float* all, int64_t width) {
+    if (all) {
+      share_masses(p, items, first, last, partials, g, inverse, all + row * p.entries_capacity() * width, width);
+    }
+  };
+  masses(p.page_mass, 1);
+  masses(p.token_mass, p.cache.page_size);
+  if (sum == 0) last = first;  // and out 0, also where a value is NaN
+  const Vec scale = Vec::set1(inverse);
   for (int64_t d = 0; d < head_dim; d += Vec::N) {
     Vec acc = Vec::zero();
     for (int64_t i = first; i < last; ++i) {
@@ -167,17 +245,15 @@ void combine_head(const SparseDecodeParams& p, const AttendItem* items, int64_t 
 
 void attend_chunks(const SparseDecodeParams& p, const AttendItem* items, const Partials& partials, int64_t begin,
                    int64_t end) {
-  with_dtype(p.cache.dtype, [&]<class T>(const T*) {
-    with_dtype(p.q_dtype, [&]<class Q>(const Q*) {
-      ChunkRows<T> rows[2];
-      rows[begin % 2].gather(p, items[begin]);
-      for (int64_t i = begin; i < end; ++i) {
-        ChunkRows<T>&now = rows[i % 2], &next = rows[(i + 1) % 2];
-        next.count = 0;
-        if (i + 1 < end) next.gather(p, items[i + 1]);
-        attend_chunk<T, Q>(p, items[i], now, next, partials);
-      }
-    });
+  with_stored_dtype(p.cache.dtype, [&]<class T>(const T*) {
+    ChunkRows<T> rows[2];
+    rows[begin % 2].gather(p, items[begin]);
+    for (int64_t i = begin; i < end; ++i) {
+      ChunkRows<T>&now = rows[i % 2], &next = rows[(i + 1) % 2];
+      next.count = 0;
+      if (i + 1 < end) next.gather(p, items[i + 1]);
+      attend_chunk(p, items[i], now, next, partials);
+    }
   });
 }
 

@@ -6,6 +6,7 @@
 namespace lil::cpu::LIL_ISA {
 
 extern const Kernels kKernels;
-const Kernels kKernels{LIL_STRING(LIL_ISA), append_kv, score_pages, select_pages, attend_chunks, combine_chunks};
+const Kernels kKernels{LIL_STRING(LIL_ISA), append_kv,      score_pages,     select_pages,
+                       attend_chunks,       combine_chunks, information_loss};
 
 }  // namespace lil::cpu::LIL_ISA

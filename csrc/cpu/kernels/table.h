@@ -11,5 +11,6 @@ void select_pages(const SelectPagesParams&, int64_t begin, int64_t end);
 void attend_chunks(const SparseDecodeParams&, const AttendItem*, const Partials&, int64_t begin, int64_t end);
 void combine_chunks(const SparseDecodeParams&, const AttendItem*, const int64_t* first_item, const Partials&,
                     int64_t begin, int64_t end);
+void information_loss(const InformationLossParams&, float* scratch, int64_t begin, int64_t end);
 
 }  // namespace lil::cpu::LIL_ISA

@@ -1,5 +1,6 @@
-// Vec: N floats in a register, for the instruction set that this file is compiled for. Loads widen bf16 and fp16 to
-// fp32, stores round to nearest even. Min and max keep NaN, as torch.amin and torch.amax do.
+// Vec: N floats in a register, for the instruction set that this file is compiled for. Loads widen bf16, fp16 and e4m3
+// to fp32, stores round to nearest even; e4m3, which has no infinity, saturates. Min and max keep NaN, as torch.amin
+// and torch.amax do.
 #pragma once
 
 #include <math.h>
@@ -17,6 +18,9 @@ struct bf16 {
 };
 struct f16 {
   uint16_t bits;
+};
+struct e4m3 {  // sign, 4 bits of exponent, 3 of mantissa; all ones are NaN
+  uint8_t bits;
 };
 
 // Into L2: what comes next is more than L1 holds.
@@ -37,6 +41,14 @@ struct Vec {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
   }
   static Vec load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+  // As fp16, times 2^8: subnormals come out right, and cost no more. NaN alone carries into the top exponent bit.
+  static Vec load(const e4m3* p) {
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+    const __m256i carry = _mm256_add_epi16(half, _mm256_set1_epi16(0x80));
+    const __m256i kept = _mm256_or_si256(half, _mm256_and_si256(carry, _mm256_set1_epi16(0x4000)));
+    return {_mm512_mul_ps(_mm512_cvtph_ps(kept), _mm512_set1_ps(0x1p8f))};
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(bf16* p) const {
     const __m512i x = _mm512_castps_si512(v);
@@ -48,6 +60,22 @@ struct Vec {
   void store(f16* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  // See narrow(float, e4m3*).
+  void store(e4m3* p) const {
+    const __m512 magnitude = _mm512_min_ps(_mm512_abs_ps(v), _mm512_set1_ps(448));
+    const __m512i m = _mm512_sub_epi32(_mm512_castps_si512(magnitude), _mm512_set1_epi32(120 << 23));
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(m, 20), _mm512_set1_epi32(1));
+    const __m512i normal =
+        _mm512_srli_epi32(_mm512_add_epi32(m, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7ffff))), 20);
+    const __m512 shift = _mm512_set1_ps(0x1p14f);
+    const __m512i subnormal =
+        _mm512_sub_epi32(_mm512_castps_si512(_mm512_add_ps(magnitude, shift)), _mm512_castps_si512(shift));
+    __m512i bits =
+        _mm512_mask_mov_epi32(normal, _mm512_cmp_ps_mask(magnitude, _mm512_set1_ps(0x1p-6f), _CMP_LT_OQ), subnormal);
+    bits = _mm512_mask_mov_epi32(bits, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7f));
+    const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(v), 24), _mm512_set1_epi32(0x80));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_or_si512(bits, sign)));
+  }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   // max_ps returns its second operand when either is NaN; the blend keeps a NaN that was in the first.
   static Vec max(Vec a, Vec b) {
@@ -58,6 +86,7 @@ struct Vec {
   }
   static Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   static Vec scale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+  static Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
   float sum() const { return _mm512_reduce_add_ps(v); }
   float largest() const { return _mm512_reduce_max_ps(v); }
   // Bit i: lane i is not less than b's, or equal to it. NaN is not less than anything, and equal to nothing.
@@ -94,6 +123,14 @@ struct Vec {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
   }
   static Vec load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+  // As fp16, times 2^8: subnormals come out right, and cost no more. NaN alone carries into the top exponent bit.
+  static Vec load(const e4m3* p) {
+    const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m128i half = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(static_cast<int16_t>(0xbf80)));
+    const __m128i carry = _mm_add_epi16(half, _mm_set1_epi16(0x80));
+    const __m128i kept = _mm_or_si128(half, _mm_and_si128(carry, _mm_set1_epi16(0x4000)));
+    return {_mm256_mul_ps(_mm256_cvtph_ps(kept), _mm256_set1_ps(0x1p8f))};
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(bf16* p) const {
     const __m256i x = _mm256_castps_si256(v);
@@ -107,6 +144,26 @@ struct Vec {
   void store(f16* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  // See narrow(float, e4m3*).
+  void store(e4m3* p) const {
+    const __m256i x = _mm256_castps_si256(v);
+    const __m256 positive = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(0x7fffffff)));
+    const __m256 magnitude = _mm256_min_ps(positive, _mm256_set1_ps(448));
+    const __m256i m = _mm256_sub_epi32(_mm256_castps_si256(magnitude), _mm256_set1_epi32(120 << 23));
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(m, 20), _mm256_set1_epi32(1));
+    const __m256i normal =
+        _mm256_srli_epi32(_mm256_add_epi32(m, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7ffff))), 20);
+    const __m256 shift = _mm256_set1_ps(0x1p14f);
+    const __m256i subnormal =
+        _mm256_sub_epi32(_mm256_castps_si256(_mm256_add_ps(magnitude, shift)), _mm256_castps_si256(shift));
+    const __m256i small = _mm256_castps_si256(_mm256_cmp_ps(magnitude, _mm256_set1_ps(0x1p-6f), _CMP_LT_OQ));
+    __m256i bits = _mm256_blendv_epi8(normal, subnormal, small);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    bits = _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7f), nan);
+    bits = _mm256_or_si256(bits, _mm256_and_si256(_mm256_srli_epi32(x, 24), _mm256_set1_epi32(0x80)));
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+  }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec max(Vec a, Vec b) {
     return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
@@ -119,6 +176,7 @@ struct Vec {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
     return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
   }
+  static Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
   float sum() const {
     const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -162,6 +220,11 @@ inline float widen(f16 x) {
   // Adding the exponent's difference by a multiplication makes subnormals come out right as well.
   return bits_float(sign | float_bits(bits_float(rest << 13) * 0x1p112f));
 }
+inline float widen(e4m3 x) {
+  const uint32_t sign = (x.bits & 0x80u) << 24, rest = x.bits & 0x7fu;
+  const uint32_t nan = rest == 0x7fu ? 0x7fc00000u : 0;
+  return bits_float(sign | nan | float_bits(bits_float(rest << 20) * 0x1p120f));
+}
 inline void narrow(float x, float* p) { *p = x; }
 inline void narrow(float x, bf16* p) {
   const uint32_t bits = float_bits(x);
@@ -179,6 +242,19 @@ inline void narrow(float x, f16* p) {
   } else {
     const uint32_t m = float_bits(magnitude) - (112u << 23);
     p->bits = static_cast<uint16_t>(sign | (m + 0xfff + (m >> 13 & 1)) >> 13);
+  }
+}
+inline void narrow(float x, e4m3* p) {
+  const uint32_t bits = float_bits(x), sign = bits >> 24 & 0x80u;
+  float magnitude = bits_float(bits & 0x7fffffffu);
+  magnitude = magnitude < 448.0f ? magnitude : 448.0f;
+  if (x != x) {
+    p->bits = static_cast<uint8_t>(sign | 0x7fu);
+  } else if (magnitude < 0x1p-6f) {  // a subnormal result
+    p->bits = static_cast<uint8_t>(sign | (float_bits(magnitude + 0x1p14f) - float_bits(0x1p14f)));
+  } else {
+    const uint32_t m = float_bits(magnitude) - (120u << 23);
+    p->bits = static_cast<uint8_t>(sign | (m + 0x7ffff + (m >> 20 & 1)) >> 20);
   }
 }
 
@@ -219,6 +295,9 @@ struct Vec {
   }
   static Vec scale2(Vec a, Vec n) {
     return each([&](int i) { return a.v[i] * bits_float((static_cast<int32_t>(n.v[i]) + 127) << 23); });
+  }
+  static Vec sqrt(Vec a) {
+    return each([&](int i) { return sqrtf(a.v[i]); });
   }
   float sum() const { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
   uint32_t not_less(Vec b) const {
