@@ -78,7 +78,7 @@ struct SelectKeys {
   __device__ uint32_t at(int32_t i) const { return kStaged ? staged[i] : score_key(scores[i]); }
 
   // Calls f(page, j, key) for this thread's pages: the j-th is threadIdx.x + j * blockDim.x. Keys are asked for in
-  // batches, since a loop waits for each.
+  // batches, since a loop waits for each; beyond n they are 0, which no score has.
   template <class F>
   __device__ void for_own(F f) const {
     constexpr int kBatch = 8;
@@ -92,8 +92,7 @@ struct SelectKeys {
       }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        const int32_t i = first + u * blockDim.x;
-        if (i < n) f(i, j + u, batch[u]);
+        f(first + u * blockDim.x, j + u, batch[u]);
       }
     }
   }
@@ -108,7 +107,10 @@ struct SelectKeys {
       wait_for_copies();
     }
     for_own([&](int32_t i, int32_t, uint32_t key) {
-      if constexpr (kStaged) staged[i] = key = score_key(__uint_as_float(key));
+      if constexpr (kStaged) {
+        key = i < n ? score_key(__uint_as_float(key)) : 0;
+        if (i < n) staged[i] = key;
+      }
       best = max(best, key);
     });
     return best;
@@ -142,7 +144,7 @@ __device__ bool select_few(SelectScratch& s, const SelectKeys<kStaged>& keys, ui
   const uint32_t least = __reduce_min_sync(~0u, lane < warps ? s.low[lane] : ~0u);
 
   uint64_t mine = 0;  // bit j: this thread's j-th page
-  keys.for_own([&](int32_t, int32_t j, uint32_t key) { mine |= static_cast<uint64_t>(key >= least) << j; });
+  keys.for_own([&](int32_t, int32_t j, uint32_t key) { mine |= static_cast<uint64_t>(key >= max(least, 1)) << j; });
   if (mine != 0) {
     int32_t at = atomicAdd(&s.num_candidates, __popcll(mine));
 #pragma unroll 1
@@ -227,7 +229,7 @@ __device__ void select_many(SelectScratch& s, const SelectKeys<kStaged>& keys, i
   const int32_t n = keys.n, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   uint32_t low = ~0u, high = 0;
   __syncthreads();  // keys are staged, and select_few is done with the scratch
-  keys.for_own([&](int32_t, int32_t, uint32_t key) { low = min(low, key), high = max(high, key); });
+  keys.for_own([&](int32_t, int32_t, uint32_t key) { low = min(low, key ? key : ~0u), high = max(high, key); });
   low = __reduce_min_sync(~0u, low);
   high = __reduce_max_sync(~0u, high);
   if (lane == 0) s.low[warp] = low, s.high[warp] = high;
@@ -344,16 +346,21 @@ template <bool kStaged>
 __device__ void weigh_unread(SelectScratch& s, const SelectKeys<kStaged>& keys, float softcap) {
   const uint32_t last_key = s.last_key, last_page = s.last_page;
   const auto unread = [&](int32_t i, uint32_t key) {
-    return key < last_key || (key == last_key && static_cast<uint32_t>(i) > last_page);
+    return (key != 0) & ((key < last_key) | ((key == last_key) & (static_cast<uint32_t>(i) > last_page)));
   };
   uint32_t most = 0;
   keys.for_own([&](int32_t i, int32_t, uint32_t key) { most = max(most, unread(i, key) ? key : 0); });
   most = __reduce_max_sync(~0u, most);
   const float base = finite_base(log2_weight(score_of_key(most), softcap));
   float sum = 0;
-  keys.for_own([&](int32_t i, int32_t, uint32_t key) {
-    if (unread(i, key)) sum += exp2_approx(log2_weight(score_of_key(key), softcap) - base);
-  });
+  // Without branches, so that the pages of a batch are weighed at once.
+  const auto add = [&](auto capped) {
+    keys.for_own([&](int32_t i, int32_t, uint32_t key) {
+      const float weight = exp2_approx(log2_weight(score_of_key(key), capped ? softcap : 0) - base);
+      sum += unread(i, key) ? weight : 0;
+    });
+  };
+  softcap > 0 ? add(std::true_type()) : add(std::false_type());
 #pragma unroll
   for (int32_t step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
   if (threadIdx.x % 32 == 0) s.unread[threadIdx.x / 32] = base + log2f(sum);
