@@ -73,13 +73,16 @@ class PagedKVCache:
         num_pages: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        summary: bool = False,
+        summary_mode: str | None = None,
     ):
         if batch < 1 or max_tokens < 1:
             raise ValueError(f"PagedKVCache: batch and max_tokens: expected at least 1, got {batch} and {max_tokens}")
         if page_size not in (8, 16, 32, 64, 128):
             raise ValueError(f"PagedKVCache: page_size: expected a power of two from 8 to 128, got {page_size}")
+        if summary_mode not in (None, "minmax", "meanstd"):
+            raise ValueError(f"PagedKVCache: summary_mode: expected None, 'minmax' or 'meanstd', got {summary_mode!r}")
         self.page_size, self.batch, self.max_tokens = page_size, batch, max_tokens
+        self.summary_mode = summary_mode
         self.max_pages = -(-max_tokens // page_size)
         self.num_pages = batch * self.max_pages if num_pages is None else num_pages
         self.kv_heads, self.head_dim, self.dtype, self.device = kv_heads, head_dim, dtype, torch.device(device)
@@ -89,8 +92,8 @@ class PagedKVCache:
             return [huge_pages(torch.empty(shape, dtype=dtype, device=device)) for _ in range(num_layers)]
 
         self.k, self.v = buffers(*shape), buffers(*shape)
-        self.summary = buffers(self.num_pages, kv_heads, 2, head_dim) if summary else [None] * num_layers
-        vectors = page_size + page_size + (2 if summary else 0)
+        self.summary = buffers(self.num_pages, kv_heads, 2, head_dim) if summary_mode else [None] * num_layers
+        vectors = page_size + page_size + (2 if summary_mode else 0)
         self.page_bytes = num_layers * kv_heads * vectors * head_dim * self.k[0].element_size() if num_layers else 0
 
         self.page_table = torch.full((batch, self.max_pages), -1, dtype=torch.int32, device=device)
@@ -157,7 +160,15 @@ class PagedKVCache:
         """Write this step's keys and values ``[tokens, kv_heads, head_dim]``, in its rows' order, into a layer."""
         step = self.step
         ops.append_kv(
-            self.k[layer], self.v[layer], self.summary[layer], k, v, step.page_table, step.seq_lens, step.cu_seqlens
+            self.k[layer],
+            self.v[layer],
+            self.summary[layer],
+            k,
+            v,
+            step.page_table,
+            step.seq_lens,
+            step.cu_seqlens,
+            summary_mode=self.summary_mode or "minmax",
         )
 
     def gather(self, layer: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:

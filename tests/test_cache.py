@@ -81,18 +81,23 @@ def test_gather_returns_what_was_appended(rows):
 
 
 def test_summaries_are_kept_where_asked_for():
-    cache = make(summary=True)
+    cache = make(summary_mode="minmax")
     written = append(cache, [0], [5])
     for (k, _), summary in zip(written, cache.summary, strict=True):
         assert torch.equal(summary[mapped(cache, 0)[0]], torch.stack([k.amin(0), k.amax(0)], 1))
     assert make().summary == [None] * LAYERS
 
 
-@pytest.mark.parametrize("summary", [False, True])
+def test_unknown_summaries():
+    with pytest.raises(ValueError, match="summary_mode: expected None, 'minmax' or 'meanstd', got 'max'"):
+        make(summary_mode="max")
+
+
+@pytest.mark.parametrize("summary_mode", [None, "minmax", "meanstd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_those_of_the_mapped_pages(summary, dtype):
-    cache = make(summary=summary, dtype=dtype)
-    buffers = cache.k + cache.v + (cache.summary if summary else [])
+def test_bytes_are_those_of_the_mapped_pages(summary_mode, dtype):
+    cache = make(summary_mode=summary_mode, dtype=dtype)
+    buffers = cache.k + cache.v + (cache.summary if summary_mode else [])
     page = sum(buffer[0].nbytes for buffer in buffers)
     assert cache.bytes_in_use == cache.bytes_peak == 0
     cache.begin_step([0, 1], [17, 8])

@@ -422,9 +422,17 @@ def test_info(lil):
         assert value in out
 
 
+def test_policies(lil):
+    code, out, _ = lil("policies")
+    assert code == 0
+    for name, policy in lil_ops.policies.POLICIES.items():
+        assert name in out and policy.source.split()[0] in out
+        assert all(option in out for option in lil_ops.policies.options_of(policy))
+
+
 def test_help(lil):
     code, out, _ = lil("--help")
-    assert code == 0 and "generate" in out and "info" in out
+    assert code == 0 and "generate" in out and "info" in out and "policies" in out
     assert lil() == (code, out, "")
     code, out, _ = lil("generate", "--help")
     defaults = lil_ops.Guardian()
@@ -436,7 +444,7 @@ def test_help(lil):
 def test_without_typer_the_error_says_what_to_install(lil, monkeypatch):
     monkeypatch.setitem(sys.modules, "typer", None)
     monkeypatch.delitem(sys.modules, "lil_ops.cli.app", raising=False)
-    for name in ("generate", "info"):
+    for name in ("generate", "info", "policies"):
         monkeypatch.delitem(sys.modules, f"lil_ops.cli.{name}", raising=False)
     assert_user_error(lil("info"), re.escape("the command line needs typer: pip install lil-ops[cli]"))
 

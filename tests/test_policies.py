@@ -17,7 +17,7 @@ def filled(policy):
     """A cache of one layer on which a policy has begun: the prompts, 70 tokens more each, and room for two pages."""
     cache = PagedKVCache(
         num_layers=1, kv_heads=HEADS, head_dim=DIM, batch=2, max_tokens=max(PROMPTS) + 70 + 2 * PAGE,
-        page_size=PAGE, summary=policy.uses_summary,
+        page_size=PAGE, summary_mode=policy.summary_mode,
     )  # fmt: skip
     g = torch.Generator().manual_seed(0)
     policy.begin(cache, PROMPTS)
@@ -62,7 +62,8 @@ def test_unknown_names():
     [
         ("full", {"budget": 64}, "policy full: unknown option 'budget': expected none$"),
         ("sink", {"budget": 64, "top_k": 4}, f"policy sink: unknown option 'top_k': {OPTIONS}$"),
-        ("quest", {"sinks": 4}, f"policy quest: unknown option 'sinks': {OPTIONS}$"),
+        ("quest", {"sinks": 4}, f"policy quest: unknown option 'sinks': {OPTIONS}, scoring$"),
+        ("quest", {"budget": 64, "scoring": "max"}, "quest: scoring: expected 'minmax' or 'meanstd', got 'max'"),
         ("quest", {}, r"policy quest: budget: expected a number of tokens \(budget=...\), got none$"),
         ("quest", {"budget": "64"}, "policy quest: budget: expected a whole number, got '64'"),
         ("sink", {"budget": 64, "sink": 4.5}, "policy sink: sink: expected a whole number, got 4.5"),
@@ -157,17 +158,23 @@ def test_quest_reads_dense_layers_whole():
     policy = Quest(32)
     cache = filled(policy)
     assert [selected(policy, cache, layer) is None for layer in (0, 1)] == [True, True]
-    assert Quest(32).uses_summary and not Sink(32).uses_summary
+    assert Quest(32).summary_mode == "minmax" and Sink(32).summary_mode is None
 
 
-@pytest.mark.parametrize("options", [{}, {"sink": 9}, {"recent": 12}, {"protect_prompt": True}])
-def test_quest_reads_the_pages_of_the_highest_bound(options):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sink": 9}, {"recent": 12}, {"protect_prompt": True}, {"scoring": "meanstd"}],
+)
+def test_quest_reads_the_pages_of_the_highest_score(options):
     policy = Quest(48, dense_layers=0, **options)
     cache = filled(policy)
     found = selected(policy, cache)
     q = torch.randn(2, HEADS * GROUP, DIM, generator=torch.Generator().manual_seed(1))
     step = cache.step
-    scores = reference.score_pages(q, cache.summary[0], step.page_table, step.seq_lens, PAGE, scale=SCALE)
+    mode = options.get("scoring", "minmax")
+    scores = reference.score_pages(
+        q, cache.summary[0], step.page_table, step.seq_lens, PAGE, scale=SCALE, summary_mode=mode
+    )
     for row, length in enumerate(cache.lengths):
         last = -(-length // PAGE)
         head = max(options.get("sink", 0), PROMPTS[row] if "protect_prompt" in options else 0)

@@ -23,7 +23,12 @@ from lil_ops.integrations.attach import attach
 from lil_ops.integrations.transformers import LilCache, lil_attention, register
 
 NEW = 40
-COVERING = [("quest", {"budget": 128}), ("sink", {"budget": 128}), ("quest", {"budget": 128, "dense_layers": 0})]
+COVERING = [
+    ("quest", {"budget": 128}),
+    ("quest", {"budget": 128, "scoring": "meanstd"}),
+    ("sink", {"budget": 128}),
+    ("quest", {"budget": 128, "dense_layers": 0}),
+]
 
 
 @pytest.fixture(params=FAMILIES)

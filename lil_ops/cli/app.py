@@ -7,6 +7,7 @@ import typer
 from lil_ops.cli.errors import UserError
 from lil_ops.cli.generate import generate
 from lil_ops.cli.info import info
+from lil_ops.cli.policies import policies
 
 # Typer's usage errors have a public name only through this subclass of theirs.
 USER_ERRORS = (UserError, typer.BadParameter.__base__)
@@ -20,3 +21,4 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(info)
+app.command()(policies)

@@ -14,7 +14,7 @@ from lil_ops.cli.runs import Decoder, Outcome, plan
 from lil_ops.cli.text import Detokenizer
 
 POLICY, STOP, GENERATION, MODEL, OUTPUT = "Policy", "Early stop", "Generation", "Model and machine", "Output"
-POLICY_OPTIONS = ("budget", "sink", "recent", "protect_prompt", "dense_layers")
+POLICY_OPTIONS = ("budget", "sink", "recent", "protect_prompt", "dense_layers", "scoring")
 GUARDIAN_OPTIONS = ("interval", "threshold", "unit")
 LOOP_OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "page_size")
 
@@ -40,6 +40,10 @@ def generate(
     recent: Annotated[int | None, _option(POLICY, "Tokens at the end that are always read.")] = None,
     protect_prompt: Annotated[bool | None, _option(POLICY, "Whether the whole prompt is always read.")] = None,
     dense_layers: Annotated[int | None, _option(POLICY, "Layers, from the first on, that read everything.")] = None,
+    scoring: Annotated[
+        Literal["minmax", "meanstd"] | None,
+        _option(POLICY, "Quest: bound a page's logits, or estimate its mass.", show_default="minmax"),
+    ] = None,
     guardian: Annotated[
         bool, _option(STOP, "Stop when the output carries almost no new information.", show_default=True)
     ] = False,

@@ -108,7 +108,7 @@ class LilCache(Cache):
             page_size=page_size,
             dtype=model.dtype,
             device=model.device,
-            summary=self.policy.uses_summary,
+            summary_mode=self.policy.summary_mode,
         )
         self.rows = list(range(batch))
         self._begun = self._in_prompt = False

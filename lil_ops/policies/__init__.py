@@ -26,7 +26,7 @@ def get(name: str | Policy, **options) -> Policy:
         nearest = difflib.get_close_matches(name, POLICIES, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"unknown policy {name!r}: expected one of {', '.join(POLICIES)}{hint}")
-    taken = _options(POLICIES[name])
+    taken = options_of(POLICIES[name])
     for option in options:
         if option not in taken:
             expected = f"one of {', '.join(taken)}" if taken else "none"
@@ -34,7 +34,7 @@ def get(name: str | Policy, **options) -> Policy:
     return POLICIES[name](**options)
 
 
-def _options(policy: type[Policy]) -> list[str]:
+def options_of(policy: type[Policy]) -> list[str]:
     """The options it takes: its own, and where it passes others on, those of `Policy`."""
     own = inspect.signature(policy).parameters.values()
     named = [parameter.name for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
@@ -42,4 +42,4 @@ def _options(policy: type[Policy]) -> list[str]:
     return list(dict.fromkeys([*passed_on, *named]))
 
 
-__all__ = ["POLICIES", "Full", "Policy", "Quest", "Selection", "Sink", "get"]
+__all__ = ["POLICIES", "Full", "Policy", "Quest", "Selection", "Sink", "get", "options_of"]

@@ -33,7 +33,7 @@ class Policy:
     name: ClassVar[str]
     rule: ClassVar[str]
     source: ClassVar[str]
-    uses_summary: ClassVar[bool] = False
+    summary_mode: str | None = None  # what the cache keeps of each page's keys, see `lil_ops.append_kv`; None: nothing
 
     def __init__(
         self,

@@ -3,6 +3,8 @@
 Every page keeps the elementwise min and max of its keys. A step scores each page by the upper bound of q . k that
 these allow, and reads the best pages. Published: pages of 16 tokens, the first two layers dense.
 Published for one query head a KV head; here (GQA) the heads of a group share one decision, by their highest bound.
+With ``scoring="meanstd"`` a page keeps mean and standard deviation, and its score estimates the mass of its keys
+(`lil_ops.score_pages`) instead of bounding their logits.
 """
 
 from __future__ import annotations
@@ -15,16 +17,26 @@ class Quest(Policy):
     name = "quest"
     rule = "pages with the highest min/max bound of q . k"
     source = "arXiv 2406.10774"
-    uses_summary = True
 
-    def __init__(self, budget=None, *, dense_layers: int = 2, **options):
+    def __init__(self, budget=None, *, dense_layers: int = 2, scoring: str = "minmax", **options):
         super().__init__(budget, dense_layers=dense_layers, **options)
+        if scoring not in ("minmax", "meanstd"):
+            raise ValueError(f"policy {self.name}: scoring: expected 'minmax' or 'meanstd', got {scoring!r}")
+        self.summary_mode = scoring
 
     def select(self, layer, q, cache, scale):
         if layer < self.dense_layers:
             return None
         step = cache.step
-        scores = ops.score_pages(q, cache.summary[layer], step.page_table, step.seq_lens, cache.page_size, scale=scale)
+        scores = ops.score_pages(
+            q,
+            cache.summary[layer],
+            step.page_table,
+            step.seq_lens,
+            cache.page_size,
+            scale=scale,
+            summary_mode=cache.summary_mode,
+        )
         pages, counts = ops.select_pages(
             scores,
             step.seq_lens,
