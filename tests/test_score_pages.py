@@ -73,6 +73,14 @@ def test_meanstd(device, dtype, head_dim):
     check(cache, queries(device, 4, 8, head_dim, dtype), 16, summary_mode="meanstd")
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, FLOAT8])
+def test_meanstd_of_keys_that_are_small_beside_the_queries(device, dtype):
+    cache = paged(device, [100, 300], head_dim=128, dtype=dtype, summary_mode="meanstd")
+    cache.summary = (cache.summary.float() * 0.02).to(dtype)
+    q_dtype = torch.float16 if dtype == FLOAT8 else dtype
+    check(cache, (queries(device, 2, 8, 128) * 400).to(q_dtype), 16, summary_mode="meanstd")
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 300), min_size=1, max_size=3),

@@ -310,6 +310,45 @@ def test_nan_stays_in_the_masses_of_its_sequence(device):
         assert torch.equal(mass[0, 2:], clean[name][0, 2:]) and torch.equal(mass[1], clean[name][1])
 
 
+def test_nan_does_not_reach_the_mass_of_what_is_not_read(device):
+    cache = paged(device, [40, 40])
+    q = queries(device, 2, 4, 64)
+    pages = torch.tensor([0, -1, 2], dtype=torch.int32, device=device).expand(2, 2, 3)  # the third is half a page
+    outputs = masses(cache, q, pages)
+    cache.k[cache.page_table[0, 0], 0, 3, 0] = torch.nan
+    lil_ops.sparse_decode(*tensors(cache, q), pages, **outputs)
+    tokens = outputs["token_mass"].view(2, 4, 3, 16)
+    assert tokens[0, :2].isnan().any() and (tokens[:, :, 1] == 0).all() and (tokens[:, :, 2, 8:] == 0).all()
+    assert (outputs["page_mass"][..., 1] == 0).all()
+
+
+@pytest.mark.parametrize("v_scale", [torch.nan, torch.inf, 1e30])
+def test_the_scale_of_a_page_outside_the_window_is_not_looked_at(device, v_scale):
+    cache = paged(device, [100], dtype=FLOAT8, scales="page")
+    cache.v_scale[cache.page_table[0, 1]] = v_scale
+    check(cache, queries(device, 1, 4, 64, torch.bfloat16), window=40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, FLOAT8])
+def test_a_sink_of_no_value_beside_many_light_tokens(device, dtype):
+    """Nearly all the mass is on a token whose values are 0: what counts are weights far below the largest."""
+    batch = 1 if device == "cpu" else 300  # so many that one block reads a whole sequence
+    pages, head_dim = 8192, 64
+    g = torch.Generator().manual_seed(0)
+    k, v = torch.zeros(pages, 1, 16, head_dim), 0.3 + torch.randn(pages, 1, 16, head_dim, generator=g)
+    k[0, 0, 0, 0], v[0, 0, 0] = 18.0, 0
+    q = torch.zeros(batch, 1, head_dim, dtype=torch.float16, device=device)
+    q[..., 0] = 1.0
+    k, v = (t.to(device).to(dtype) for t in (k, v))
+    table = torch.arange(pages, dtype=torch.int32, device=device).expand(batch, pages)
+    lengths = torch.full((batch,), pages * 16, dtype=torch.int32, device=device)
+    q = q.to(torch.bfloat16) if dtype == torch.bfloat16 else q
+    out, _ = lil_ops.sparse_decode(q, k, v, table, lengths, scale=1.0)
+    weights = (k[..., 0].double() - 18).exp().flatten()
+    want = (weights @ v.double().view(-1, head_dim)) / weights.sum()
+    assert relative_error(out, want.expand(batch, 1, head_dim)) < TOLERANCE[q.dtype]
+
+
 def test_masses_are_the_same_in_every_run_and_on_any_number_of_threads(device):
     cache = paged(device, [3000, 900], head_dim=128, dtype=torch.bfloat16)
     q = queries(device, 2, 8, 128, torch.bfloat16)

@@ -180,6 +180,26 @@ def test_long_sequences(device):
         check(step_arguments(cache, 4, torch.bfloat16), budget)
 
 
+@pytest.mark.parametrize("pages", [8193, 16383, 16385])
+def test_many_pages(device, pages):
+    """Up to 16384 pages (8192 on some GPUs) are chosen from in the attention kernel."""
+    cache = paged(device, [pages * 8 - 3], kv_heads=1, page_size=8, dtype=torch.bfloat16)
+    check(step_arguments(cache, 4, torch.bfloat16), 512, sink=3)
+
+
+def test_a_budget_of_what_is_always_read(device):
+    """Nothing is chosen by its score, and the loss is that of all the rest."""
+    cache = paged(device, [305, 320])
+    arguments = step_arguments(cache, 2)
+    assert lil_ops.sparse_decode_step(*copies(arguments), 64, sink=20, recent=17)[0].isfinite().all()
+    check(arguments, 64, sink=20, recent=17)
+    first_left_out = cache.page_table[0, 2]
+    cache.k[first_left_out, 0, 3], cache.summary[first_left_out, 0] = torch.nan, torch.nan
+    loss = empty_loss(arguments[0])
+    lil_ops.sparse_decode_step(*copies(arguments), 64, sink=20, recent=17, loss=loss)
+    assert loss[0, :2].isnan().all() and loss[0, 2:].isfinite().all() and loss[1].isfinite().all()
+
+
 def test_a_covering_budget_is_dense_attention(device):
     cache = paged(device, [1000, 15, 512], kv_heads=3, head_dim=128, dtype=torch.bfloat16)
     arguments = step_arguments(cache, 5, torch.bfloat16)

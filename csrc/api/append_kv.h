@@ -37,7 +37,7 @@ AppendKvParams append_kv_params(const char* op, Tensor& k_cache, Tensor& v_cache
   }
   check_aligned(k_cache, op, "k_cache", Backend::kAlignment);
   check_aligned(v_cache, op, "v_cache", Backend::kAlignment);
-  const PageTable table = make_page_table(page_table, k_cache, op, batch, cache.kv_heads);
+  const PageTable table = make_page_table(page_table, k_cache, op, batch, cache.kv_heads, cache.page_size);
   // What is written is asked for as such: a copy-on-write tensor gets its copy here.
   cache.k.data = k_cache.mutable_data_ptr();
   cache.v.data = v_cache.mutable_data_ptr();

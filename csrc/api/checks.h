@@ -148,8 +148,15 @@ inline void check_aligned(const Tensor& t, const char* op, const char* arg, int6
 
 inline const int32_t* int32_data(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
 
+// Tokens, and places in a list, are counted in int32.
+inline void check_max_pages(int64_t pages, int64_t page_size, const char* op, const char* arg) {
+  const int64_t most = (INT32_MAX - 128) / page_size;
+  LIL_CHECK(pages <= most, op, arg, text("at most ", most, " pages"), text(pages));
+}
+
 // [batch, max_pages], or [batch, kv_heads, max_pages] where heads have tables of their own.
-inline PageTable make_page_table(const Tensor& t, const Tensor& like, const char* op, int64_t batch, int64_t kv_heads) {
+inline PageTable make_page_table(const Tensor& t, const Tensor& like, const char* op, int64_t batch, int64_t kv_heads,
+                                 int64_t page_size) {
   const char* arg = "page_table";
   check_device(t, like, op, arg);
   check_dtype(t, op, arg, ScalarType::Int);
@@ -160,7 +167,9 @@ inline PageTable make_page_table(const Tensor& t, const Tensor& like, const char
     check_shape(t, op, arg, "[batch, max_pages]", {batch, -1});
   }
   check_last_contiguous(t, op, arg);
-  return {int32_data(t), t.stride(0), per_head ? t.stride(1) : 0, t.size(per_head ? 2 : 1)};
+  const int64_t max_pages = t.size(per_head ? 2 : 1);
+  check_max_pages(max_pages, page_size, op, arg);
+  return {int32_data(t), t.stride(0), per_head ? t.stride(1) : 0, max_pages};
 }
 
 // [kv_heads], or [num_pages, kv_heads]: what the stored values of `scaled` are multiplied by.

@@ -20,6 +20,7 @@ Tensor information_loss(const Tensor& lse, const Tensor& scores, const Tensor& s
             text(lse.size(1)));
   check_dense(seq_lens, scores, op, "seq_lens", "[batch]", {batch});
   check_page_size(page_size, op, "page_size");
+  check_max_pages(scores.size(2), page_size, op, "scores");
   const PageLists lists = make_page_lists(pages, counts, scores, op, batch, kv_heads);
   LIL_CHECK(softcap >= 0, op, "softcap", "at least 0 (0: none)", text(softcap));
   Tensor loss = torch::stable::new_empty(scores, {batch, lse.size(1)}, ScalarType::Float);

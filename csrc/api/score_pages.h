@@ -39,7 +39,7 @@ ScorePagesParams score_pages_params(const char* op, const Tensor& q, const Tenso
   params.summary = make_summary(summary, q, op, num_pages, kv_heads, head_dim, summary.scalar_type(), mode);
   params.k_scale = make_scale(k_scale, summary, op, "k_scale", num_pages, kv_heads);
   params.num_pages = num_pages;
-  params.pages = make_page_table(page_table, q, op, batch, kv_heads);
+  params.pages = make_page_table(page_table, q, op, batch, kv_heads, page_size);
   params.seq_lens = int32_data(seq_lens);
   params.batch = batch;
   params.kv_heads = kv_heads;

@@ -59,6 +59,8 @@ std::tuple<Tensor, Tensor> select_pages(const Tensor& scores, const Tensor& seq_
   check_shape(scores, op, "scores", "[batch, kv_heads, max_pages]", {-1, -1, -1});
   check_dtype(scores, op, "scores", ScalarType::Float);
   check_last_contiguous(scores, op, "scores");
+  check_page_size(page_size, op, "page_size");
+  check_max_pages(scores.size(2), page_size, op, "scores");
   SelectPagesParams params = select_pages_params(op, scores, scores.size(0), scores.size(1), scores.size(2), seq_lens,
                                                  page_size, budget, sink, recent, protected_lens);
   params.scores = static_cast<const float*>(scores.const_data_ptr());

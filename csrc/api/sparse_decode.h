@@ -40,12 +40,8 @@ SparseDecodeParams sparse_decode_params(const char* op, const Tensor& q, const T
   params.q_stride_h = q.stride(1);
   params.q_dtype = q_dtype;
   params.cache = cache;
-  params.table = make_page_table(page_table, q, op, batch, cache.kv_heads);
-  // Tokens of a list are counted in int32.
-  const int64_t most = (INT32_MAX - 128) / cache.page_size;
-  LIL_CHECK(params.table.max_pages <= most, op, "page_table", text("at most ", most, " pages"),
-            text(params.table.max_pages));
-  LIL_CHECK(lists.capacity <= most, op, "pages", text("at most ", most, " entries"), text(lists.capacity));
+  params.table = make_page_table(page_table, q, op, batch, cache.kv_heads, cache.page_size);
+  check_max_pages(lists.capacity, cache.page_size, op, "pages");
   params.seq_lens = int32_data(seq_lens);
   params.selected = pages.has_value();
   params.pages = lists.pages;

@@ -17,7 +17,7 @@ struct Log2Sum {
   __device__ void add(float log2_weight, float times) {
     if (log2_weight == -INFINITY) return;
     const float high = max_nan(max, log2_weight);
-    sum = sum * exp2f(max - high) + times * (log2_weight == high ? 1 : exp2f(log2_weight - high));
+    sum = sum * (max == high ? 1 : exp2f(max - high)) + times * (log2_weight == high ? 1 : exp2f(log2_weight - high));
     max = high;
   }
   __device__ float log2() const { return max == -INFINITY ? max : max + log2f(sum); }

@@ -5,11 +5,10 @@
 
 namespace lil::cuda {
 
-constexpr float kLog2E = 1.44269504088896340736f;
-
 // log2 of what one token of a page with this score weighs; -inf stays so (a page that is not mapped).
 __device__ inline float log2_weight(float score, float softcap) {
-  return (softcap > 0 && score != -INFINITY ? softcap * tanhf(score / softcap) : score) * kLog2E;
+  // Rounded here: fused with the subtraction of a base, which is rounded, large scores would not cancel.
+  return __fmul_rn(softcap > 0 && score != -INFINITY ? softcap * tanhf(score / softcap) : score, kLog2E);
 }
 
 // Its sum with other weights is computed relative to 2^this.

@@ -12,6 +12,8 @@
 
 namespace lil::cuda {
 
+constexpr float kLog2E = 1.44269504088896340736f;
+
 using Float8 = __nv_fp8_e4m3;
 
 template <class T>

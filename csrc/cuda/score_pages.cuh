@@ -80,25 +80,33 @@ __device__ SummaryRow<T> summary_row(const ScorePagesParams& p, const ScoreTile&
   return {data, kIsFloat8<T> ? p.k_scale.at(physical, h) : 1};
 }
 
-// Squared standard deviations are made of std / 16, so that halves hold them.
-constexpr float kStdUnit = 16;
+// Squared standard deviations are made of std / kStdUnit, so that halves hold the largest: 448 of float8, 1023 of fp16.
+template <class T>
+constexpr float kStdUnit = std::is_same_v<T, __half> ? 4
+                           : kIsFloat8<T>            ? 2
+                                                     : 1;
 
-// score = unit * (first + weight * second), of a mean's product and a variance's in units of kStdUnit.
-__device__ inline float variance_weight(float unit) { return 0.5f * kStdUnit * kStdUnit * unit; }
+// score = unit * (first + weight * second), of a mean's product and that of squares in units of kStdUnit.
+template <class T>
+__device__ inline float variance_weight(float unit) {
+  return 0.5f * kStdUnit<T> * kStdUnit<T> * unit;
+}
 
 // The squares of packed deviations.
-template <class C>
+template <class T>
 __device__ inline uint32_t square(uint32_t x) {
-  using Pair = std::conditional_t<std::is_same_v<C, __half>, __half2, __nv_bfloat162>;
-  Pair pair;
-  memcpy(&pair, &x, sizeof x);
-  if constexpr (std::is_same_v<C, __half>) {
-    pair = __hmul2(pair, __float2half2_rn(1 / kStdUnit));
+  if constexpr (std::is_same_v<Computed<T>, __half>) {
+    __half2 pair;
+    memcpy(&pair, &x, sizeof x);
+    pair = __hmul2(pair, __float2half2_rn(1 / kStdUnit<T>));
+    pair = __hmul2(pair, pair);
+    memcpy(&x, &pair, sizeof x);
   } else {
-    pair = __hmul2(pair, __float2bfloat162_rn(1 / kStdUnit));
+    __nv_bfloat162 pair;
+    memcpy(&pair, &x, sizeof x);
+    pair = __hmul2(pair, pair);
+    memcpy(&x, &pair, sizeof x);
   }
-  pair = __hmul2(pair, pair);
-  memcpy(&x, &pair, sizeof x);
   return x;
 }
 
@@ -233,7 +241,7 @@ __global__ void __launch_bounds__(kScoreThreads, D > 192 ? 1 : 2)
               const int32_t d = (first + j) * 32 + c * 8;
               if (D % 32 != 0 && (half == 0 ? d >= D : d < D)) wide[r] = {0, 0, 0, 0};
               if (half == 1) {
-                wide[r] = {square<C>(wide[r].x), square<C>(wide[r].y), square<C>(wide[r].z), square<C>(wide[r].w)};
+                wide[r] = {square<T>(wide[r].x), square<T>(wide[r].y), square<T>(wide[r].z), square<T>(wide[r].w)};
               }
             }
           }
@@ -241,7 +249,7 @@ __global__ void __launch_bounds__(kScoreThreads, D > 192 ? 1 : 2)
         }
         if (half == 1 && mean_std) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) acc[i] *= variance_weight(unit(i));
+          for (int i = 0; i < 4; ++i) acc[i] *= variance_weight<T>(unit(i));
         }
       }
 #pragma unroll

@@ -1,13 +1,13 @@
 #include <algorithm>
 
 #include "cuda/backend.h"
-#include "cuda/instances.h"
+#include "cuda/launch.cuh"
 #include "cuda/select_pages.cuh"
 
 namespace lil::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = kMostThreads;
 
 template <bool kStaged>
 __global__ void __launch_bounds__(kThreads)

@@ -29,7 +29,8 @@ struct alignas(16) SelectScratch {
   uint32_t low[32], high[32];  // one a warp
   float unread[32];            // one a warp
   uint32_t bin, above, in_bin, num_candidates, num_chosen;
-  uint32_t last_key, last_page;  // of the last one chosen: those that come after it in key, then in page, are not
+  uint32_t last_key;
+  int32_t last_page;  // of the last one chosen: those that come after it in key, then in page, are not
 };
 
 // Four bytes from global to shared memory, without a register between; complete after wait_for_copies().
@@ -139,7 +140,7 @@ __device__ bool select_few(SelectScratch& s, const SelectKeys<kStaged>& keys, ui
   if (lane == 0) s.low[warp] = reached;
   for (int32_t i = threadIdx.x; i < kFewCandidates; i += blockDim.x) s.few_keys[i] = 0;
   for (int32_t i = threadIdx.x; i < kFewChosen; i += blockDim.x) s.chosen[i] = INT32_MAX;
-  if (threadIdx.x == 0) s.num_candidates = s.num_chosen = 0, s.last_key = ~0u, s.last_page = ~0u;
+  if (threadIdx.x == 0) s.num_candidates = s.num_chosen = 0, s.last_key = ~0u, s.last_page = INT32_MAX;
   __syncthreads();
   const uint32_t least = __reduce_min_sync(~0u, lane < warps ? s.low[lane] : ~0u);
 
@@ -344,9 +345,10 @@ __device__ void select_many(SelectScratch& s, const SelectKeys<kStaged>& keys, i
 // s.unread. A warp's sum is relative to its own largest weight: the last one chosen may lie far above.
 template <bool kStaged>
 __device__ void weigh_unread(SelectScratch& s, const SelectKeys<kStaged>& keys, float softcap) {
-  const uint32_t last_key = s.last_key, last_page = s.last_page;
+  const uint32_t last_key = s.last_key;
+  const int32_t last_page = s.last_page;
   const auto unread = [&](int32_t i, uint32_t key) {
-    return (key != 0) & ((key < last_key) | ((key == last_key) & (static_cast<uint32_t>(i) > last_page)));
+    return (key != 0) & ((key < last_key) | ((key == last_key) & (i > last_page)));
   };
   uint32_t most = 0;
   keys.for_own([&](int32_t i, int32_t, uint32_t key) { most = max(most, unread(i, key) ? key : 0); });
@@ -398,12 +400,7 @@ __device__ SelectKeys<kStaged> select_pages_of(SelectScratch& s, const SelectPag
   if (k > 0 || keep_rest) {
     const uint32_t best = keys.stage();
     if (k == 0) {
-      // Nothing is chosen: all come after one that weighs as much as the best.
-      if (threadIdx.x == 0) s.last_key = 0, s.last_page = 0;
-      __syncthreads();
-      atomicMax(&s.last_key, best);
-      __syncthreads();
-      if (threadIdx.x == 0 && s.last_key != ~0u) ++s.last_key;
+      if (threadIdx.x == 0) s.last_key = ~0u, s.last_page = -1;  // nothing is chosen: all come after it
     } else if (k > min(kFewChosen, static_cast<int32_t>(blockDim.x / 2)) || keys.n > 64 * blockDim.x ||
                !select_few(s, keys, best, k, head, out + head)) {
       select_many(s, keys, k, head, out + head);

@@ -19,8 +19,8 @@ void attend(const SparseDecodeParams& p, const Selecting& select, const Tensor& 
   });
 }
 
-// Logits in p.token_mass become shares, and their sums go to `page_mass`. Tokens beyond the list get 0: no logit of
-// theirs was written. A group of lanes takes an entry. Grid: [kv_heads * group, batch].
+// Logits in p.token_mass become shares, and their sums go to `page_mass`. Tokens beyond the list get 0, and so
+// does what was not read (a logit of -inf). A group of lanes takes an entry. Grid: [kv_heads * group, batch].
 __global__ void sparse_decode_mass(const __grid_constant__ SparseDecodeParams p) {
   const int32_t page_tokens = static_cast<int32_t>(p.cache.page_size), lanes = min(page_tokens, 32);
   const int32_t b = blockIdx.y, h = blockIdx.x / static_cast<int32_t>(p.group);
@@ -42,7 +42,8 @@ __global__ void sparse_decode_mass(const __grid_constant__ SparseDecodeParams p)
 #pragma unroll 1
     for (int32_t t = threadIdx.x % lanes; t < page_tokens && entry < capacity; t += lanes) {
       float& logit = logits[entry * page_tokens + t];
-      const float share = entry < entries && lse != -INFINITY ? exp2_approx(logit - lse * kLog2E) : 0;
+      const bool read = entry < entries && lse != -INFINITY && logit != -INFINITY;
+      const float share = read ? exp2_approx(logit - lse * kLog2E) : 0;
       logit = share;
       sum += share;
     }

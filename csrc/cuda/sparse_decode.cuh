@@ -44,8 +44,7 @@ struct PageList {
     return static_cast<int32_t>(((static_cast<int64_t>(entries) << page_size.shift) + kTile - 1) / kTile);
   }
 
-  // kScaled: the pages' scales as well.
-  // Half a tile: `slot` is its first token in the page that the list's entry names.
+  // Half a tile: `slot` is its first token in the page that the list's entry names. kScaled: the page's scales as well.
   template <bool kScaled>
   __device__ void place_half(const SparseDecodeParams& p, PageSize page_size, int half, int32_t page, int32_t physical,
                              int32_t slot, TilePlace& place) const {
@@ -55,6 +54,7 @@ struct PageList {
     };
     const int32_t position = page_size.first(page) + slot;
     const int32_t low = min(8, max(0, start - position)), high = max(0, min(8, length - position));
+    if (high <= low) return;  // not even the page's scales may be looked at
     place.k[half] = offset(p.cache.k);
     place.v[half] = offset(p.cache.v);
     if constexpr (kScaled) {
@@ -255,8 +255,9 @@ __device__ inline void write_result(const SparseDecodeParams& p, DType dtype, in
   if (all.sum == 0) out = {0, 0, 0, 0};  // nothing weighs anything, not even NaN
   store_floats(out, p.out, dtype, head * p.cache.head_dim + d);
   if (d != 0) return;
-  p.lse[head] = all.sum == 0 ? -INFINITY : all.max / kLog2E + logf(all.sum);
-  if (unread.loss) unread.loss[head] = lost_share(all.sum == 0 ? -INFINITY : all.max + log2f(all.sum), unread.log2_sum);
+  const float lse = all.sum == 0 ? -INFINITY : all.max / kLog2E + logf(all.sum);
+  p.lse[head] = lse;
+  if (unread.loss) unread.loss[head] = lost_share(lse * kLog2E, unread.log2_sum);
 }
 
 // How many splits a list has. It follows from the list's tiles and from what the batch and the device give, never from

@@ -15,6 +15,8 @@ struct MmaEngine {
   using Four = typename Stored<T>::Four;
   using Eight = typename Stored<T>::Eight;
   static constexpr bool kScaled = kIsFloat8<T>;
+  // Weights are at most 1, and halves have few digits far below: they are taken times this.
+  static constexpr float kWeightUnit = std::is_same_v<C, __half> ? 32768 : 1;
   static constexpr int kHeads = kTileHeads * Blocks;
   // float8 has half the bytes in flight a warp, and takes half the registers: twice the warps.
   static constexpr int kBlocksPerSm = kScaled && Blocks == 1 && D <= 128 ? 2 : 1;
@@ -121,7 +123,7 @@ struct MmaEngine {
     }
   }
 
-  // Of queries that were not divided yet, and keys not scaled.
+  // Of queries as they were staged, and keys not scaled: logit_scale makes up for both.
   __device__ void logits(float (&s)[Blocks][4]) const {
 #pragma unroll
     for (int block = 0; block < Blocks; ++block) {
@@ -175,11 +177,11 @@ struct MmaEngine {
   // acc = acc * decay + weights x values; decay for heads 2c and 2c + 1. Halves hold weights in units of the largest
   // scale of values so far.
   __device__ void weigh(const float (&s)[Blocks][4], const float (&decay)[Blocks][2], const TilePlace& place) {
-    float of_half[2] = {1, 1}, of_acc = 1;
+    float of_half[2] = {kWeightUnit, kWeightUnit}, of_acc = 1;
     if constexpr (kScaled) {
       const float most = fmaxf(unit, fmaxf(fabsf(place.v_scale[0]), fabsf(place.v_scale[1])));
       const float inverse = most > 0 ? 1 / most : 0;
-      of_half[0] = place.v_scale[0] * inverse, of_half[1] = place.v_scale[1] * inverse, of_acc = unit * inverse;
+      of_half[0] *= place.v_scale[0] * inverse, of_half[1] *= place.v_scale[1] * inverse, of_acc = unit * inverse;
       unit = most;
     }
 #pragma unroll
@@ -188,7 +190,8 @@ struct MmaEngine {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float low = s[block][2 * half], high = s[block][2 * half + 1];
-        weights[half] = transpose(kScaled ? pack<C>(low * of_half[half], high * of_half[half]) : pack<C>(low, high));
+        weights[half] =
+            transpose(kWeightUnit > 1 ? pack<C>(low * of_half[half], high * of_half[half]) : pack<C>(low, high));
       }
 #pragma unroll
       for (auto& tile : acc[block]) {
@@ -221,7 +224,7 @@ struct MmaEngine {
   // The sums, [kHeads][D].
   __device__ void store(float* out) const {
     const int32_t n = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-    const float scale = kScaled ? unit : 1;
+    const float scale = (kScaled ? unit : 1) / kWeightUnit;
 #pragma unroll
     for (int block = 0; block < Blocks; ++block) {
 #pragma unroll
