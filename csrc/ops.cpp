@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "api/append_kv.h"
+#include "api/evict_pages.h"
 #include "api/guardian_check.h"
 #include "api/information_loss.h"
 #include "api/lz77_append.h"
@@ -41,6 +42,10 @@ STABLE_TORCH_LIBRARY(lil, m) {
       "Tensor page_table, Tensor seq_lens, int budget, *, int sink=0, int recent=1, Tensor? protected_lens=None, "
       "float? scale=None, float softcap=0.0, str summary_mode=\"minmax\", Tensor? k_scale=None, Tensor? v_scale=None, "
       "Tensor(d!)? loss=None) -> (Tensor out, Tensor lse)");
+  // Opens the page of the newest token where heads hold a fixed number of pages: the least of them goes.
+  m.def(
+      "evict_pages(Tensor(a!) page_table, Tensor(b!) held, Tensor slot_pages, Tensor priority, Tensor seq_lens, "
+      "int page_size, *, int sink=0, int recent=1, Tensor? protected_lens=None) -> Tensor slots");
   // Feeds new tokens to each sequence's LZ77 parse; returns its size in phrases and in bits.
   m.def(
       "lz77_append(Tensor(a!) state, Tensor tokens, Tensor? counts, int vocab_size) -> (Tensor phrases, Tensor bits)");
@@ -58,6 +63,7 @@ STABLE_TORCH_LIBRARY_IMPL(lil, CPU, m) {
   m.impl("sparse_decode", TORCH_BOX(&lil::sparse_decode<Backend>));
   m.impl("information_loss", TORCH_BOX(&lil::information_loss<Backend>));
   m.impl("sparse_decode_step", TORCH_BOX(&lil::sparse_decode_step<Backend>));
+  m.impl("evict_pages", TORCH_BOX(&lil::evict_pages<Backend>));
   m.impl("lz77_append", TORCH_BOX(&lil::lz77_append<Backend>));
   m.impl("guardian_check", TORCH_BOX(&lil::guardian_check<Backend>));
 }

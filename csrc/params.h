@@ -137,6 +137,19 @@ struct SparseDecodeStepParams {
   float* loss;  // [batch, kv_heads * group], contiguous, or null
 };
 
+// Heads hold a fixed number of pages. Slot s of a sequence is physical page slot_pages[b, s], for every head.
+struct EvictPagesParams {
+  int32_t* page_table;  // [batch, kv_heads, max_pages], last dimension contiguous
+  int64_t table_stride_b, table_stride_h, max_pages;
+  int32_t* held;              // [batch, kv_heads, capacity]: the logical page in each slot, -1: free
+  const int32_t* slot_pages;  // [batch, capacity]
+  const float* priority;      // [batch, kv_heads, capacity]
+  const int32_t* seq_lens;
+  const int32_t* protected_lens;  // [batch] or null
+  int64_t batch, kv_heads, capacity, page_size, sink, recent;
+  int32_t* slots;  // [batch, kv_heads]
+};
+
 struct Lz77AppendParams {
   int32_t* state;  // [batch, state_size], contiguous
   int64_t state_size;

@@ -12,6 +12,7 @@ from lil_ops._library import build_info, check_errors
 from lil_ops.guardian import Guardian, StopReason
 from lil_ops.ops import (
     append_kv,
+    evict_pages,
     guardian_check,
     information_loss,
     lz77_append,
@@ -38,6 +39,7 @@ __all__ = [
     "append_kv",
     "build_info",
     "check_errors",
+    "evict_pages",
     "generate",
     "guardian_check",
     "information_loss",

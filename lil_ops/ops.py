@@ -328,6 +328,61 @@ def sparse_decode_step(
     )
 
 
+def evict_pages(
+    page_table: torch.Tensor,
+    held: torch.Tensor,
+    slot_pages: torch.Tensor,
+    priority: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_size: int,
+    *,
+    sink: int = 0,
+    recent: int = 1,
+    protected_lens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Open the page of each sequence's newest token where heads hold a fixed number of pages: evicting is overwriting.
+
+    Each KV head holds at most ``capacity`` pages of a sequence, in slots; slot s is the same physical page for all
+    heads. A head that does not hold the newest token's page puts it into a free slot, else into that of the page with
+    the lowest priority (among equals the earlier page; NaN is never lower). Not to go are the pages of the last
+    ``recent`` tokens and of the first ``sink`` (``protected_lens[b]``) tokens; where only such are left, the last of
+    the latter goes: what does not fit is not protected. Call it before `append_kv`. CPU only.
+
+    Args:
+        page_table: ``[batch, kv_heads, max_pages]`` int32, last dimension contiguous; written: the opened page's entry
+            becomes its slot's physical page, the evicted one's -1.
+        held: ``[batch, kv_heads, capacity]`` int32 logical pages, -1: free; written. It is a list of pages for
+            `sparse_decode`, whose ``page_mass`` then lies beside it.
+        slot_pages: ``[batch, capacity]`` int32 physical pages. priority: as ``held``, float32.
+        seq_lens: ``[batch]``, the newest token counted. protected_lens: ``[batch]`` int32. All contiguous.
+
+    Returns:
+        slots ``[batch, kv_heads]`` int32: the slot that was filled, where whatever is kept beside ``held`` begins anew;
+        -1: no page was opened.
+
+    Also RuntimeError, and nothing was written: a capacity smaller than the pages that sink and recent can touch; a
+    length, held page or slot page out of range.
+
+    Equivalent PyTorch, for one head that holds no free slot and not ``page = (seq_lens[b] - 1) // page_size``::
+
+        slot = priority[b, h].masked_fill(always_kept, inf).argmin()
+        page_table[b, h, held[b, h, slot]] = -1
+        held[b, h, slot] = page
+        page_table[b, h, page] = slot_pages[b, slot]
+    """
+    return _lil.evict_pages(
+        page_table,
+        held,
+        slot_pages,
+        priority,
+        seq_lens,
+        page_size,
+        sink=sink,
+        recent=recent,
+        protected_lens=protected_lens,
+    )
+
+
 def lz77_state(batch: int, capacity: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """An empty parse for each of ``batch`` sequences of up to ``capacity`` tokens (1 to 16777216), for `lz77_append`.
 
@@ -440,6 +495,11 @@ def _(lse, *args, **options):
 @torch.library.register_fake("lil::sparse_decode_step")
 def _(q, *args, **options):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("lil::evict_pages")
+def _(page_table, held, slot_pages, priority, seq_lens, page_size, *, sink=0, recent=1, protected_lens=None):
+    return held.new_empty(held.shape[:2])
 
 
 @torch.library.register_fake("lil::lz77_append")

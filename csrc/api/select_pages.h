@@ -9,6 +9,15 @@
 
 namespace lil {
 
+// The pages that sink and recent tokens can touch; both are checked.
+inline int64_t forced_pages(const char* op, int64_t page_size, int64_t sink, int64_t recent) {
+  LIL_CHECK(sink >= 0 && sink <= INT32_MAX, op, "sink", "at least 0 tokens, at most 2147483647", text(sink));
+  LIL_CHECK(recent >= 1 && recent <= INT32_MAX, op, "recent", "at least 1 token, the current one, at most 2147483647",
+            text(recent));
+  // Recent tokens may begin anywhere in a page, so they touch one page more than they fill.
+  return (sink + page_size - 1) / page_size + (recent + page_size - 2) / page_size + 1;
+}
+
 // The options, checked, in the name of operator `op`; scores and outputs are the caller's to set. Scores are
 // [batch, kv_heads, max_pages]; `like` is on their device.
 inline SelectPagesParams select_pages_params(const char* op, const Tensor& like, int64_t batch, int64_t kv_heads,
@@ -18,11 +27,7 @@ inline SelectPagesParams select_pages_params(const char* op, const Tensor& like,
   check_dense(seq_lens, like, op, "seq_lens", "[batch]", {batch});
   if (protected_lens) check_dense(*protected_lens, like, op, "protected_lens", "[batch]", {batch});
   check_page_size(page_size, op, "page_size");
-  LIL_CHECK(sink >= 0 && sink <= INT32_MAX, op, "sink", "at least 0 tokens, at most 2147483647", text(sink));
-  LIL_CHECK(recent >= 1 && recent <= INT32_MAX, op, "recent", "at least 1 token, the current one, at most 2147483647",
-            text(recent));
-  // Recent tokens may begin anywhere in a page, so they touch one page more than they fill.
-  const int64_t forced = (sink + page_size - 1) / page_size + (recent + page_size - 2) / page_size + 1;
+  const int64_t forced = forced_pages(op, page_size, sink, recent);
   LIL_CHECK(budget / page_size >= forced, op, "budget",
             text("at least ", forced * page_size, " tokens (the ", forced, " pages of ", page_size, " that sink ", sink,
                  " and recent ", recent, " can touch)"),

@@ -15,6 +15,7 @@ void select_pages(const SelectPagesParams&, const Tensor& on);
 void sparse_decode(const SparseDecodeParams&, const Tensor& on);
 void information_loss(const InformationLossParams&, const Tensor& on);
 void sparse_decode_step(const SparseDecodeStepParams&, const Tensor& on);
+void evict_pages(const EvictPagesParams&, const Tensor& on);
 void lz77_append(const Lz77AppendParams&, const Tensor& on);
 void guardian_check(const GuardianCheckParams&, const Tensor& on);
 
@@ -26,6 +27,7 @@ struct Backend {
   static constexpr auto sparse_decode = &cpu::sparse_decode;
   static constexpr auto information_loss = &cpu::information_loss;
   static constexpr auto sparse_decode_step = &cpu::sparse_decode_step;
+  static constexpr auto evict_pages = &cpu::evict_pages;
   static constexpr auto lz77_append = &cpu::lz77_append;
   static constexpr auto guardian_check = &cpu::guardian_check;
 };

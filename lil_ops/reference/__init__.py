@@ -6,6 +6,7 @@ here and return the new values.
 """
 
 from lil_ops.reference.append_kv import append_kv
+from lil_ops.reference.evict_pages import evict_pages
 from lil_ops.reference.guardian_check import guardian_check
 from lil_ops.reference.information_loss import information_loss
 from lil_ops.reference.lz77_append import lz77_sizes
@@ -17,6 +18,7 @@ from lil_ops.reference.sparse_decode_step import sparse_decode_step
 __all__ = [
     "append_kv",
     "attention_mass",
+    "evict_pages",
     "guardian_check",
     "information_loss",
     "lz77_sizes",

@@ -1,0 +1,30 @@
+#include "evict_pages.h"
+
+#include "cpu/backend.h"
+#include "cpu/values.h"
+
+namespace lil::cpu {
+
+void evict_pages(const EvictPagesParams& p, const Tensor&) {
+  const char* op = "evict_pages";
+  check_seq_lens(op, p.seq_lens, p.batch, p.max_pages * p.page_size);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t s = 0; s < p.capacity; ++s) {
+      const int32_t page = p.slot_pages[b * p.capacity + s];
+      LIL_CHECK(page >= 0, op, "slot_pages", text("a page for slot ", s, " of sequence ", b), text(page));
+    }
+    const int64_t pages = pages_of(p.seq_lens[b], p.page_size);
+    for (int64_t i = 0; i < p.kv_heads * p.capacity; ++i) {
+      const int32_t page = p.held[b * p.kv_heads * p.capacity + i];
+      LIL_CHECK(page >= -1 && page < pages, op, "held",
+                text("-1 or a page from 0 to ", pages - 1, " for sequence ", b, ", KV head ", i / p.capacity),
+                text(page));
+    }
+  }
+  constexpr int64_t kGrain = 64;  // a head's slots are a microsecond at most
+  torch::stable::parallel_for(0, p.batch * p.kv_heads, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) p.slots[i] = evict_page_of(p, i / p.kv_heads, i % p.kv_heads);
+  });
+}
+
+}  // namespace lil::cpu
