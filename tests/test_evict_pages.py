@@ -166,3 +166,30 @@ def test_bad_input_writes_nothing(device, message):
         lil_ops.evict_pages(**arguments)
         lil_ops.check_errors()
     assert all(torch.equal(a, b) for a, b in zip(values, before, strict=True))
+
+
+def test_compiled_equals_eager(device):
+    """A step of evicting, appending and attending over what is held, as one graph; lengths grow without another."""
+    page_size, heads, capacity = 8, 2, 3
+    g = torch.Generator().manual_seed(0)
+    k, v, q = (torch.randn(60, heads, 64, generator=g).to(device) for _ in range(3))
+
+    def step(table, held, slot_pages, priority, k_cache, v_cache, q, k, v, seq_lens):
+        lil_ops.evict_pages(table, held, slot_pages, priority, seq_lens, page_size, sink=2)
+        lil_ops.append_kv(k_cache, v_cache, None, k, v, table, seq_lens)
+        return lil_ops.sparse_decode(q, k_cache, v_cache, table, seq_lens, held)
+
+    def state():
+        caches = (torch.zeros(capacity, heads, page_size, 64, device=device) for _ in range(2))
+        return *begun(device, 1, heads, capacity, 8), torch.rand(1, heads, capacity, device=device), *caches
+
+    eager, compiled = state(), state()
+    compiled[3].copy_(eager[3])
+    run = torch.compile(step, fullgraph=True, dynamic=False)
+    torch._dynamo.utils.counters.clear()
+    for n in range(1, 61):
+        inputs = q[n - 1 : n], k[n - 1 : n], v[n - 1 : n], ints([n], device)
+        for a, b in zip(step(*eager, *inputs), run(*compiled, *inputs), strict=True):
+            assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
