@@ -65,7 +65,10 @@ def test_unknown_names():
         ("quest", {"sinks": 4}, f"policy quest: unknown option 'sinks': {OPTIONS}, scoring$"),
         ("quest", {"budget": 64, "scoring": "max"}, "quest: scoring: expected 'minmax' or 'meanstd', got 'max'"),
         ("quest", {}, r"policy quest: budget: expected a number of tokens \(budget=...\), got none$"),
-        ("quest", {"budget": "64"}, "policy quest: budget: expected a whole number, got '64'"),
+        ("quest", {"budget": "64"}, "policy quest: budget: expected a whole number, or a share, got '64'"),
+        ("quest", {"budget": 1.5}, r"quest: budget: expected a share above 0 and up to 1, got 1.5"),
+        ("quest", {"budget": [64, 0.0]}, r"quest: budget: expected a share above 0 and up to 1, got 0.0"),
+        ("sink", {"budget": [64, 2]}, r"sink: budget: expected at least sink \+ recent \+ 1 = 6 tokens, got 2"),
         ("sink", {"budget": 64, "sink": 4.5}, "policy sink: sink: expected a whole number, got 4.5"),
         ("quest", {"budget": 64, "sink": -1}, "policy quest: sink: expected at least 0, got -1"),
         ("quest", {"budget": 64, "recent": 0}, "policy quest: recent: expected at least 1, got 0"),
@@ -137,6 +140,35 @@ def test_full_reads_everything():
 def test_sink_reads_the_first_and_the_last_pages(options, expected):
     policy = Sink(**options)
     assert selected(policy, filled(policy)) == [[row] * HEADS for row in expected]
+
+
+@pytest.mark.parametrize("policy", [Sink, Quest])
+def test_a_budget_of_each_layer(policy):
+    cache = PagedKVCache(num_layers=3, kv_heads=HEADS, head_dim=DIM, batch=1, max_tokens=100, page_size=PAGE,
+                         summary_mode="minmax")  # fmt: skip
+    each = policy([24, 0.5, 1.0], dense_layers=0)
+    each.begin(cache, [90])
+    assert [each.budget_of(layer) for layer in range(3)] == [24, 50, 100]
+    g = torch.Generator().manual_seed(0)
+    for count in (89, 1):
+        cache.begin_step([0], [count], prompt=True)
+        for layer in range(3):
+            cache.append(layer, *torch.randn(2, count, HEADS, DIM, generator=g))
+    each.begin_step(cache)
+    assert [[len(pages) for pages in selected(each, cache, layer)[0]] for layer in range(3)] == [
+        [3] * 2,
+        [6] * 2,
+        [12] * 2,
+    ]
+    for layer, budget in enumerate([24, 50, 100]):
+        alone = policy(budget, dense_layers=0)
+        alone.begin(cache, [90])
+        alone.begin_step(cache)
+        assert selected(alone, cache, layer) == selected(each, cache, layer)
+    with pytest.raises(ValueError, match=f"{policy.name}: budget: expected one entry for each of 3 layers, got 2"):
+        policy([24, 0.5]).begin(cache, [90])
+    with pytest.raises(ValueError, match=f"{policy.name}: budget: expected at least .* tokens .* got 5$"):
+        policy(0.05).begin(cache, [90])
 
 
 def test_sink_decides_once_a_step():

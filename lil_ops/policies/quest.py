@@ -41,7 +41,7 @@ class Quest(Policy):
             scores,
             step.seq_lens,
             cache.page_size,
-            self.budget,
+            self.budget_of(layer),
             sink=self.sink,
             recent=self.recent,
             protected_lens=step.prompt_lens if self.protect_prompt else None,

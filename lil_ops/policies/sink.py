@@ -29,16 +29,21 @@ class Sink(Policy):
 
     def begin_step(self, cache):
         step = cache.step
-        pages, counts = ops.select_pages(
-            self._recency.expand(len(step.rows), cache.kv_heads, cache.max_pages),
-            step.seq_lens,
-            cache.page_size,
-            self.budget,
-            sink=self.sink,
-            recent=self.recent,
-            protected_lens=step.prompt_lens if self.protect_prompt else None,
-        )
-        self._selection = Selection(pages, counts)
+        recency = self._recency.expand(len(step.rows), cache.kv_heads, cache.max_pages)
+        self._selections = {
+            budget: Selection(
+                *ops.select_pages(
+                    recency,
+                    step.seq_lens,
+                    cache.page_size,
+                    budget,
+                    sink=self.sink,
+                    recent=self.recent,
+                    protected_lens=step.prompt_lens if self.protect_prompt else None,
+                )
+            )
+            for budget in set(self.budgets)
+        }
 
     def select(self, layer, q, cache, scale):
-        return None if layer < self.dense_layers else self._selection
+        return None if layer < self.dense_layers else self._selections[self.budget_of(layer)]
