@@ -6,14 +6,14 @@
 namespace lil {
 
 // Whether slot a's page goes before slot b's: the lower priority, NaN last, and among equals the earlier page.
-constexpr bool goes_before(float a, int32_t page_a, float b, int32_t page_b) {
+inline bool goes_before(float a, int32_t page_a, float b, int32_t page_b) {
   if (a == b || (a != a && b != b)) return page_a < page_b;
   return b != b || a < b;
 }
 
 // The slot that the page of the newest token takes; -1 where the head holds that page, or has no token. Lengths and
 // held pages are in range.
-constexpr int32_t evict_page_of(const EvictPagesParams& p, int64_t b, int64_t h) {
+inline int32_t evict_page_of(const EvictPagesParams& p, int64_t b, int64_t h) {
   const int64_t length = p.seq_lens[b];
   if (length == 0) return -1;
   int32_t* const held = p.held + (b * p.kv_heads + h) * p.capacity;
@@ -35,7 +35,7 @@ constexpr int32_t evict_page_of(const EvictPagesParams& p, int64_t b, int64_t h)
     }
   }
   const int32_t slot = free >= 0 ? free : goes >= 0 ? goes : last;
-  if (slot < 0) return -1;  // no slots, or all of them recent: the host checks refuse such options
+  if (slot < 0) return -1;  // all are recent: only a list with duplicates can be so
   if (held[slot] >= 0) table[held[slot]] = -1;
   held[slot] = opened;
   table[opened] = p.slot_pages[b * p.capacity + slot];

@@ -66,12 +66,15 @@ def test_the_current_stream_is_used():
 
 def test_nothing_waits_for_the_device():
     layer = Layer("cuda", 0)
-    layer.step(), layer.dense()
+    want = [t.clone() for t in (*layer.step(), *layer.dense())]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        layer.step(), layer.dense()
+        got = (*layer.step(), *layer.dense())
+        with pytest.raises(RuntimeError, match="synchroniz"):  # the mode does find one who waits
+            layer.loss.sum().item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

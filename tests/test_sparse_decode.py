@@ -295,7 +295,9 @@ def test_masses_of_what_reads_nothing(device):
 def test_masses_of_an_empty_batch(device):
     cache = paged(device, [])
     q = queries(device, 0, 4, 64)
-    lil_ops.sparse_decode(*tensors(cache, q), **masses(cache, q))
+    outputs = masses(cache, q)
+    out, lse = lil_ops.sparse_decode(*tensors(cache, q), **outputs)
+    assert out.shape == q.shape and lse.shape == q.shape[:2] and all(t.numel() == 0 for t in outputs.values())
 
 
 def test_nan_stays_in_the_masses_of_its_sequence(device):

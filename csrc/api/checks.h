@@ -79,7 +79,8 @@ inline void check_dtype(const Tensor& t, const char* op, const char* arg, Scalar
             torch::headeronly::toString(t.scalar_type()));
 }
 
-inline DType check_float_dtype(const Tensor& t, const char* op, const char* arg) {
+inline DType check_float_dtype(const Tensor& t, const char* op, const char* arg,
+                               const char* expected = "dtype float32, float16 or bfloat16") {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -88,7 +89,7 @@ inline DType check_float_dtype(const Tensor& t, const char* op, const char* arg)
     case ScalarType::BFloat16:
       return DType::kBFloat16;
     default:
-      fail(op, arg, "dtype float32, float16 or bfloat16", torch::headeronly::toString(t.scalar_type()));
+      fail(op, arg, expected, torch::headeronly::toString(t.scalar_type()));
   }
 }
 
@@ -97,14 +98,7 @@ inline bool is_float8(const Tensor& t) { return t.scalar_type() == ScalarType::F
 // What a cache, or a page summary, may be stored as.
 inline DType check_stored_dtype(const Tensor& t, const char* op, const char* arg) {
   if (is_float8(t)) return DType::kFloat8E4M3;
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-    case ScalarType::Half:
-    case ScalarType::BFloat16:
-      return check_float_dtype(t, op, arg);
-    default:
-      fail(op, arg, "dtype float32, float16, bfloat16 or float8_e4m3fn", torch::headeronly::toString(t.scalar_type()));
-  }
+  return check_float_dtype(t, op, arg, "dtype float32, float16, bfloat16 or float8_e4m3fn");
 }
 
 inline void check_device(const Tensor& t, const Tensor& like, const char* op, const char* arg) {
@@ -217,15 +211,14 @@ inline SummaryMode check_summary_mode(const std::string& mode, const char* op) {
 }
 
 inline Summary make_summary(const Tensor& t, const Tensor& like, const char* op, int64_t num_pages, int64_t kv_heads,
-                            int64_t head_dim, ScalarType dtype, const std::string& mode) {
+                            int64_t head_dim, ScalarType dtype, SummaryMode mode) {
   const char* arg = "summary";
-  const SummaryMode checked_mode = check_summary_mode(mode, op);
   check_device(t, like, op, arg);
   check_dtype(t, op, arg, dtype);
   check_shape(t, op, arg, "[num_pages, kv_heads, 2, head_dim]", {num_pages, kv_heads, 2, head_dim});
   check_last_contiguous(t, op, arg);
   LIL_CHECK(t.stride(2) == head_dim, op, arg, "its last two dimensions contiguous", text("stride ", t.stride(2)));
-  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), checked_mode};
+  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), mode};
 }
 
 // The pages that were read, one list a (sequence, KV head), as select_pages gives them.

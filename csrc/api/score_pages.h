@@ -36,7 +36,8 @@ ScorePagesParams score_pages_params(const char* op, const Tensor& q, const Tenso
   params.q_stride_h = q.stride(1);
   params.q_dtype = q_dtype;
   params.summary_dtype = summary_dtype;
-  params.summary = make_summary(summary, q, op, num_pages, kv_heads, head_dim, summary.scalar_type(), mode);
+  params.summary =
+      make_summary(summary, q, op, num_pages, kv_heads, head_dim, summary.scalar_type(), check_summary_mode(mode, op));
   params.k_scale = make_scale(k_scale, summary, op, "k_scale", num_pages, kv_heads);
   params.num_pages = num_pages;
   params.pages = make_page_table(page_table, q, op, batch, kv_heads, page_size);
