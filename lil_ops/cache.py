@@ -1,11 +1,13 @@
-"""The paged KV cache: buffers, page table, free list, and the batch of sequences that one forward pass serves."""
+"""The paged KV cache: buffers, page tables, free lists, and the batch of sequences that one forward pass serves."""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -31,31 +33,113 @@ def huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+class Room(NamedTuple):
+    """How many tokens a layer holds of each sequence.
+
+    total: at most so many; None: all. Where they are there, a new token takes the place of another, or of all but
+    ``kept``. kept: at most so many of a prompt; None: all.
+    """
+
+    total: int | None = None
+    kept: int | None = None
+
+    def after(self, held: int, new: int, prompt: bool) -> int:
+        """Tokens held once ``new`` ones have come to ``held``."""
+        if prompt:
+            return held + new if self.kept is None else min(held + new, self.kept)
+        if held == self.total and new:
+            held = min(held - 1, held if self.kept is None else self.kept)
+        return held + new
+
+
+ALL = Room()
+
+
 @dataclass
 class Step:
-    """What one forward pass works on; every operator of every layer reads these tensors.
+    """What one forward pass works on, in layers of one `Room`; every operator reads these tensors.
 
-    rows: the cache rows served, in order (host side).
-    page_table: ``[len(rows), max_pages]`` int32. seq_lens: ``[len(rows)]`` int32, this step's tokens included.
+    rows: the cache rows served, in order; held: the tokens that each held before the step (host side).
+    page_table: ``[len(rows), max_pages]`` int32. seq_lens: ``[len(rows)]`` int32, tokens held, this step's included.
+    positions: ``[len(rows)]`` int32, tokens so far, forgotten ones included: where everything is held, ``seq_lens``.
     prompt_lens: ``[len(rows)]`` int32. cu_seqlens: ``[len(rows) + 1]`` int32 offsets of each row's new tokens, or None
     when every row adds exactly one.
     """
 
     rows: list[int]
+    held: list[int]
     page_table: torch.Tensor
     seq_lens: torch.Tensor
+    positions: torch.Tensor
     prompt_lens: torch.Tensor
     cu_seqlens: torch.Tensor | None
 
+    def take(self, state: torch.Tensor) -> torch.Tensor:
+        """The step's rows of a tensor that has one entry a cache row: the tensor itself where the step serves all."""
+        return state if self.rows == list(range(len(state))) else state[self.rows]
+
+    def put(self, state: torch.Tensor, part: torch.Tensor) -> None:
+        """Put back what was taken and changed."""
+        if part is not state:
+            state[self.rows] = part
+
+
+class Pool:
+    """The pages of layers that have the same `Room`: they hold as many tokens of a row, in the same pages."""
+
+    def __init__(self, room: Room, batch: int, max_tokens: int, page_size: int, num_pages: int | None, device):
+        self.room, self.page_size, self.device = room, page_size, device
+        self.max_pages = -(-min(max_tokens, room.total or max_tokens) // page_size)
+        self.num_pages = batch * self.max_pages if num_pages is None else num_pages
+        self.page_table = torch.full((batch, self.max_pages), -1, dtype=torch.int32, device=device)
+        self.held = [0] * batch  # host side: tokens of each row
+        self.pages: list[list[int]] = [[] for _ in range(batch)]
+        self.free = list(range(self.num_pages - 1, -1, -1))
+        self.page_bytes = 0
+        self._rows_table: tuple[tuple[int, ...], torch.Tensor] | None = None
+
+    def needed(self, row: int, held: int) -> int:
+        """Pages to map before the row can hold so many tokens."""
+        return max(0, -(-held // self.page_size) - len(self.pages[row]))
+
+    def map(self, row: int, count: int) -> None:
+        if count == 0:
+            return
+        pages = [self.free.pop() for _ in range(count)]
+        first = len(self.pages[row])
+        self.page_table[row, first : first + count] = torch.tensor(pages, dtype=torch.int32, device=self.device)
+        self.pages[row].extend(pages)
+        self._rows_table = None
+
+    def release(self, row: int) -> None:
+        self.free.extend(reversed(self.pages[row]))
+        self.pages[row] = []
+        self.page_table[row] = -1
+        self.held[row] = 0
+        self._rows_table = None
+
+    def table_of(self, rows: list[int]) -> torch.Tensor:
+        """A subset of rows needs a gathered table: made again only when the rows or some row's pages change."""
+        key = tuple(rows)
+        if self._rows_table is None or self._rows_table[0] != key:
+            everything = rows == list(range(len(self.page_table)))
+            self._rows_table = key, self.page_table if everything else self.page_table[rows]
+        return self._rows_table[1]
+
 
 class PagedKVCache:
-    """KV cache of ``batch`` sequences ("rows") in pages of ``page_size`` tokens, one page table for all layers.
+    """KV cache of ``batch`` sequences ("rows") in pages of ``page_size`` tokens.
+
+    Layers of the same `Room` share a page table and a pool of pages; by default all hold every token, so that there is
+    one.
 
     Args:
         num_layers, kv_heads, head_dim: the model's shape.
-        batch: rows. max_tokens: tokens that one row may hold (fixes the page table's width).
-        num_pages: size of the pool; default: every row full.
-        summary: keep page summaries (``[num_pages, kv_heads, 2, head_dim]``, elementwise min and max of the keys).
+        batch: rows. max_tokens: tokens that one row may come to.
+        num_pages: size of each pool; default: every row full.
+        summary_mode: keep page summaries (see `lil_ops.append_kv`): ``"minmax"``, ``"meanstd"``; or
+            ``"representative"``, which a policy fills. vectors: vectors in a summary, for ``"representative"``.
+        rooms: one `Room` a layer.
 
     Buffers, one a layer: ``k``, ``v`` ``[num_pages, kv_heads, page_size, head_dim]`` and ``summary`` (or None). They
     are allocated once; on the CPU the operating system commits their memory as pages are first written.
@@ -74,48 +158,55 @@ class PagedKVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         summary_mode: str | None = None,
+        vectors: int = 2,
+        rooms: Sequence[Room] | None = None,
     ):
         if batch < 1 or max_tokens < 1:
             raise ValueError(f"PagedKVCache: batch and max_tokens: expected at least 1, got {batch} and {max_tokens}")
         if page_size not in (8, 16, 32, 64, 128):
             raise ValueError(f"PagedKVCache: page_size: expected a power of two from 8 to 128, got {page_size}")
-        if summary_mode not in (None, "minmax", "meanstd"):
-            raise ValueError(f"PagedKVCache: summary_mode: expected None, 'minmax' or 'meanstd', got {summary_mode!r}")
+        if summary_mode not in (None, "minmax", "meanstd", "representative"):
+            raise ValueError(
+                f"PagedKVCache: summary_mode: expected None, 'minmax', 'meanstd' or 'representative', "
+                f"got {summary_mode!r}"
+            )
+        rooms = [ALL] * num_layers if rooms is None else list(rooms)
+        if len(rooms) != num_layers:
+            raise ValueError(f"PagedKVCache: rooms: expected one for each of {num_layers} layers, got {len(rooms)}")
         self.page_size, self.batch, self.max_tokens = page_size, batch, max_tokens
-        self.summary_mode = summary_mode
-        self.max_pages = -(-max_tokens // page_size)
-        self.num_pages = batch * self.max_pages if num_pages is None else num_pages
+        self.summary_mode, self.rooms = summary_mode, rooms
         self.kv_heads, self.head_dim, self.dtype, self.device = kv_heads, head_dim, dtype, torch.device(device)
-        shape = (self.num_pages, kv_heads, page_size, head_dim)
+        self._pools = {room: Pool(room, batch, max_tokens, page_size, num_pages, device) for room in rooms or [ALL]}
 
         def buffers(*shape: int) -> list[torch.Tensor]:
-            return [huge_pages(torch.empty(shape, dtype=dtype, device=device)) for _ in range(num_layers)]
+            sizes = [self._pools[room].num_pages for room in rooms]
+            return [huge_pages(torch.empty((pages, *shape), dtype=dtype, device=device)) for pages in sizes]
 
-        self.k, self.v = buffers(*shape), buffers(*shape)
-        self.summary = buffers(self.num_pages, kv_heads, 2, head_dim) if summary_mode else [None] * num_layers
-        vectors = page_size + page_size + (2 if summary_mode else 0)
-        self.page_bytes = num_layers * kv_heads * vectors * head_dim * self.k[0].element_size() if num_layers else 0
+        self.k, self.v = (buffers(kv_heads, page_size, head_dim) for _ in range(2))
+        self.summary = buffers(kv_heads, vectors, head_dim) if summary_mode else [None] * num_layers
+        rows = page_size + page_size + (vectors if summary_mode else 0)
+        for room in rooms:
+            self._pools[room].page_bytes += kv_heads * rows * head_dim * dtype.itemsize
 
-        self.page_table = torch.full((batch, self.max_pages), -1, dtype=torch.int32, device=device)
         self.prompt_lens = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.lengths = [0] * batch  # host side: tokens of each row
-        self.step: Step | None = None
-        self._pages: list[list[int]] = [[] for _ in range(batch)]
-        self._free = list(range(self.num_pages - 1, -1, -1))
-        self._pages_peak = 0
-        self._rows_table: tuple[tuple[int, ...], torch.Tensor] | None = None
+        self.lengths = [0] * batch  # host side: tokens of each row, forgotten ones included
+        self._steps: dict[Room, Step] = {}
+        self.bytes_peak = 0  # the most that `bytes_in_use` has been
 
     @property
     def bytes_in_use(self) -> int:
         """Bytes of the pages that hold some row's tokens, over all layers: K, V and summaries."""
-        return (self.num_pages - len(self._free)) * self.page_bytes
+        return sum((pool.num_pages - len(pool.free)) * pool.page_bytes for pool in self._pools.values())
 
-    @property
-    def bytes_peak(self) -> int:
-        """The most that `bytes_in_use` has been."""
-        return self._pages_peak * self.page_bytes
+    def pool_of(self, layer: int) -> Pool:
+        """The pages of this layer."""
+        return self._pools[self.rooms[layer]]
 
-    def begin_step(self, rows: Sequence[int], new_tokens: Sequence[int], *, prompt: bool = False) -> Step:
+    def step_of(self, layer: int) -> Step:
+        """The present step, as this layer sees it."""
+        return self._steps[self.rooms[layer]]
+
+    def begin_step(self, rows: Sequence[int], new_tokens: Sequence[int], *, prompt: bool = False) -> None:
         """Prepare one forward pass in which row ``rows[i]`` adds ``new_tokens[i]`` tokens; maps the pages it needs.
 
         Raises `OutOfPagesError` naming the shortfall, or ValueError for a row beyond its capacity, a row given twice or
@@ -124,84 +215,104 @@ class PagedKVCache:
         """
         if len(set(rows)) < len(rows):
             raise ValueError(f"PagedKVCache: rows: expected each row once, got {list(rows)}")
-        needed = []
         for row, count in zip(rows, new_tokens, strict=True):
             if count < 0:
                 raise ValueError(f"PagedKVCache: row {row}: expected at least 0 new tokens, got {count}")
             length = self.lengths[row] + count
             if length > self.max_tokens:
                 raise ValueError(f"PagedKVCache: row {row}: expected at most {self.max_tokens} tokens, got {length}")
-            needed.append(-(-length // self.page_size) - len(self._pages[row]))
-        if sum(needed) > len(self._free):
-            raise OutOfPagesError(
-                f"PagedKVCache: this step needs {sum(needed)} more pages of {self.page_size} tokens, "
-                f"{len(self._free)} of {self.num_pages} are free: {sum(needed) - len(self._free)} short"
-            )
-        for row, count, pages in zip(rows, new_tokens, needed, strict=True):
+        plans = {room: self._plan(pool, rows, new_tokens, prompt) for room, pool in self._pools.items()}
+        for row, count in zip(rows, new_tokens, strict=True):
             self.lengths[row] += count
-            if pages > 0:
-                self._map(row, pages)
+        positions = self._ints([self.lengths[row] for row in rows])
         if prompt:
-            lengths = torch.tensor([self.lengths[row] for row in rows], dtype=torch.int32)
-            self.prompt_lens[list(rows)] = lengths.to(self.device)
-        self._pages_peak = max(self._pages_peak, self.num_pages - len(self._free))
-        self.step = self._make_step(list(rows), list(new_tokens))
-        return self.step
+            self.prompt_lens[list(rows)] = positions
+        for room, (held, needed) in plans.items():
+            self._steps[room] = self._open(self._pools[room], list(rows), held, needed, new_tokens, positions)
+        self.bytes_peak = max(self.bytes_peak, self.bytes_in_use)
 
     def free(self, row: int) -> None:
-        """Return all pages of a row to the pool; the row is empty and can serve a new sequence."""
-        self._free.extend(reversed(self._pages[row]))
-        self._pages[row] = []
-        self.page_table[row] = -1
+        """Return all pages of a row to the pools; the row is empty and can serve a new sequence."""
+        for pool in self._pools.values():
+            pool.release(row)
         self.lengths[row] = 0
-        self._rows_table = None
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write this step's keys and values ``[tokens, kv_heads, head_dim]``, in its rows' order, into a layer."""
-        step = self.step
+    def append(
+        self,
+        layer: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        slots: torch.Tensor | None = None,
+        page_table: torch.Tensor | None = None,
+        seq_lens: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> None:
+        """Write this step's keys and values ``[tokens, kv_heads, head_dim]``, in its rows' order, into a layer.
+
+        slots: as in `lil_ops.append_kv`. page_table, seq_lens, cu_seqlens: in place of the step's.
+        """
+        step = self.step_of(layer)
+        summed = self.summary_mode in ("minmax", "meanstd")
         ops.append_kv(
             self.k[layer],
             self.v[layer],
-            self.summary[layer],
+            self.summary[layer] if summed else None,
             k,
             v,
-            step.page_table,
-            step.seq_lens,
-            step.cu_seqlens,
-            summary_mode=self.summary_mode or "minmax",
+            step.page_table if page_table is None else page_table,
+            step.seq_lens if seq_lens is None else seq_lens,
+            step.cu_seqlens if cu_seqlens is None else cu_seqlens,
+            summary_mode=self.summary_mode if summed else "minmax",
+            slots=slots,
         )
 
-    def gather(self, layer: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the step's ``index``-th row as dense ``[kv_heads, tokens, head_dim]`` tensors (copies)."""
-        row = self.step.rows[index]
-        pages = torch.tensor(self._pages[row], dtype=torch.long, device=self.device)
+    def gather(self, layer: int, index: int, tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the step's ``index``-th row as dense ``[kv_heads, tokens, head_dim]`` tensors (copies).
+
+        tokens: the first so many slots; default: all that are held.
+        """
+        pool = self.pool_of(layer)
+        row = self.step_of(layer).rows[index]
+        tokens = pool.held[row] if tokens is None else tokens
+        pages = torch.tensor(pool.pages[row], dtype=torch.long, device=self.device)
 
         def dense(cache: torch.Tensor) -> torch.Tensor:
-            return cache[pages].transpose(0, 1).flatten(1, 2)[:, : self.lengths[row]]
+            return cache[pages].transpose(0, 1).flatten(1, 2)[:, :tokens]
 
         return dense(self.k[layer]), dense(self.v[layer])
 
-    def _map(self, row: int, count: int) -> None:
-        pages = [self._free.pop() for _ in range(count)]
-        first = len(self._pages[row])
-        self.page_table[row, first : first + count] = torch.tensor(pages, dtype=torch.int32, device=self.device)
-        self._pages[row].extend(pages)
-        self._rows_table = None
+    def _ints(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
 
-    def _make_step(self, rows: list[int], new_tokens: list[int]) -> Step:
-        def ints(values: list[int]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=self.device)
+    def _plan(
+        self, pool: Pool, rows: Sequence[int], new_tokens: Sequence[int], prompt: bool
+    ) -> tuple[list[int], list[int]]:
+        """Tokens that each row will hold, and pages to map for them; raises where the pool has too few."""
+        held = [pool.room.after(pool.held[row], n, prompt) for row, n in zip(rows, new_tokens, strict=True)]
+        needed = [pool.needed(row, tokens) for row, tokens in zip(rows, held, strict=True)]
+        if sum(needed) > len(pool.free):
+            raise OutOfPagesError(
+                f"PagedKVCache: this step needs {sum(needed)} more pages of {self.page_size} tokens, "
+                f"{len(pool.free)} of {pool.num_pages} are free: {sum(needed) - len(pool.free)} short"
+            )
+        return held, needed
 
-        # A subset of rows needs a gathered table: made again only when the rows or some row's pages change.
-        key = tuple(rows)
-        if self._rows_table is None or self._rows_table[0] != key:
-            everything = rows == list(range(self.batch))
-            self._rows_table = key, self.page_table if everything else self.page_table[rows]
+    def _open(
+        self,
+        pool: Pool,
+        rows: list[int],
+        held: list[int],
+        needed: list[int],
+        new_tokens: Sequence[int],
+        positions: torch.Tensor,
+    ) -> Step:
+        before = [pool.held[row] for row in rows]
+        for row, tokens, pages in zip(rows, held, needed, strict=True):
+            pool.map(row, pages)
+            pool.held[row] = tokens
         cu_seqlens = None
         if any(count != 1 for count in new_tokens):
-            offsets = [0]
-            for count in new_tokens:
-                offsets.append(offsets[-1] + count)
-            cu_seqlens = ints(offsets)
-        prompt_lens = self.prompt_lens[rows]
-        return Step(rows, self._rows_table[1], ints([self.lengths[row] for row in rows]), prompt_lens, cu_seqlens)
+            cu_seqlens = self._ints([0, *itertools.accumulate(new_tokens)])
+        seq_lens = positions if pool.room == ALL else self._ints(held)
+        return Step(rows, before, pool.table_of(rows), seq_lens, positions, self.prompt_lens[rows], cu_seqlens)

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from lil_ops.cache import OutOfPagesError, PagedKVCache
+from lil_ops.cache import OutOfPagesError, PagedKVCache, Room
 
 LAYERS, HEADS, DIM, PAGE = 2, 2, 64, 8
 
@@ -17,16 +17,28 @@ def make(batch=3, max_tokens=40, **options):
     )
 
 
-def mapped(cache, row):
+def table(cache, layer=0):
+    """The page table of all rows."""
+    return cache.pool_of(layer).page_table
+
+
+def begin(cache, *arguments, **options):
+    """Begin a step; it, as the first layer sees it."""
+    cache.begin_step(*arguments, **options)
+    return cache.step_of(0)
+
+
+def mapped(cache, row, layer=0):
     """The pages of a row, read from the table that the operators read."""
-    entries = cache.page_table[row].tolist()
-    used = -(-cache.lengths[row] // cache.page_size)
-    assert entries[used:] == [-1] * (cache.max_pages - used)
+    entries = table(cache, layer)[row].tolist()
+    used = len([entry for entry in entries if entry >= 0])
+    assert entries[used:] == [-1] * (cache.pool_of(layer).max_pages - used)
+    assert used == -(-cache.pool_of(layer).held[row] // cache.page_size)
     return entries[:used]
 
 
 def state(cache):
-    return cache.page_table.tolist(), cache.prompt_lens.tolist(), list(cache.lengths), cache.bytes_in_use
+    return table(cache).tolist(), cache.prompt_lens.tolist(), list(cache.lengths), cache.bytes_in_use
 
 
 def append(cache, rows, counts, seed=0):
@@ -41,14 +53,14 @@ def append(cache, rows, counts, seed=0):
 
 def test_a_step_describes_its_rows():
     cache = make()
-    step = cache.begin_step([0, 1, 2], [9, 1, 16], prompt=True)
-    assert step.rows == [0, 1, 2] and step.page_table is cache.page_table
+    step = begin(cache, [0, 1, 2], [9, 1, 16], prompt=True)
+    assert step.rows == [0, 1, 2] and step.page_table is table(cache)
     assert step.seq_lens.tolist() == step.prompt_lens.tolist() == [9, 1, 16]
     assert step.cu_seqlens.tolist() == [0, 9, 10, 26]
     assert all(t.dtype == torch.int32 for t in (step.page_table, step.seq_lens, step.prompt_lens, step.cu_seqlens))
     assert [len(mapped(cache, row)) for row in range(3)] == [2, 1, 2]
-    step = cache.begin_step([0, 1, 2], [1, 1, 1])
-    assert step.cu_seqlens is None and step is cache.step
+    step = begin(cache, [0, 1, 2], [1, 1, 1])
+    assert step.cu_seqlens is None and step is cache.step_of(0)
     assert step.seq_lens.tolist() == [10, 2, 17] and step.prompt_lens.tolist() == [9, 1, 16]
     # Only the third row left its last page.
     assert [len(mapped(cache, row)) for row in range(3)] == [2, 1, 3]
@@ -57,14 +69,14 @@ def test_a_step_describes_its_rows():
 def test_rows_in_any_order_and_number():
     cache = make()
     cache.begin_step([0, 1, 2], [10, 3, 20], prompt=True)
-    step = cache.begin_step([2, 0], [5, 7])
+    step = begin(cache, [2, 0], [5, 7])
     assert step.seq_lens.tolist() == [25, 17] and step.prompt_lens.tolist() == [20, 10]
     assert step.cu_seqlens.tolist() == [0, 5, 12]
-    assert torch.equal(step.page_table, cache.page_table[[2, 0]])
+    assert torch.equal(step.page_table, table(cache)[[2, 0]])
     # The gathered table follows the pages that later steps map.
     for _ in range(8):
-        step = cache.begin_step([2, 0], [1, 1])
-        assert torch.equal(step.page_table, cache.page_table[[2, 0]])
+        step = begin(cache, [2, 0], [1, 1])
+        assert torch.equal(step.page_table, table(cache)[[2, 0]])
     assert cache.lengths == [25, 3, 33]
 
 
@@ -89,7 +101,9 @@ def test_summaries_are_kept_where_asked_for():
 
 
 def test_unknown_summaries():
-    with pytest.raises(ValueError, match="summary_mode: expected None, 'minmax' or 'meanstd', got 'max'"):
+    with pytest.raises(
+        ValueError, match="summary_mode: expected None, 'minmax', 'meanstd' or 'representative', got 'max'"
+    ):
         make(summary_mode="max")
 
 
@@ -117,16 +131,16 @@ def test_freed_pages_serve_other_rows():
     assert sorted(mapped(cache, 2)) == sorted(pages)
     # A row that is used again starts without the tokens and the prompt of its last sequence.
     cache.free(2)
-    assert cache.begin_step([0], [2], prompt=True).prompt_lens.tolist() == [2]
+    assert begin(cache, [0], [2], prompt=True).prompt_lens.tolist() == [2]
 
 
 def test_a_table_of_some_rows_forgets_freed_pages():
     cache = make()
     cache.begin_step([1, 2], [8, 7])
     cache.free(1)
-    step = cache.begin_step([1, 2], [0, 1])
-    assert step.page_table[0].tolist() == [-1] * cache.max_pages
-    assert torch.equal(step.page_table, cache.page_table[[1, 2]])
+    step = begin(cache, [1, 2], [0, 1])
+    assert step.page_table[0].tolist() == [-1] * cache.pool_of(0).max_pages
+    assert torch.equal(step.page_table, table(cache)[[1, 2]])
 
 
 @pytest.mark.parametrize(
@@ -142,11 +156,11 @@ def test_a_table_of_some_rows_forgets_freed_pages():
 )
 def test_a_step_that_does_not_fit_changes_nothing(error, rows, counts, message):
     cache = make(num_pages=5)
-    step = cache.begin_step([0, 1], [8, 9], prompt=True)
+    step = begin(cache, [0, 1], [8, 9], prompt=True)
     before, peak = state(cache), cache.bytes_peak
     with pytest.raises(error, match=message):
         cache.begin_step(rows, counts, prompt=True)
-    assert state(cache) == before and cache.bytes_peak == peak and cache.step is step
+    assert state(cache) == before and cache.bytes_peak == peak and cache.step_of(0) is step
     # What is free still serves.
     cache.begin_step([2], [16])
 
@@ -187,13 +201,13 @@ class Traffic(RuleBasedStateMachine):
             lengths[row] += count
         fits = sum(-(-length // PAGE) for length in lengths) <= self.PAGES and max(lengths) <= self.cache.max_tokens
         try:
-            step = self.cache.begin_step(rows, counts)
+            step = begin(self.cache, rows, counts)
         except (OutOfPagesError, ValueError):
             assert not fits
         else:
             assert fits
             self.lengths = lengths
-            assert torch.equal(step.page_table, self.cache.page_table[rows])
+            assert torch.equal(step.page_table, table(self.cache)[rows])
             assert step.seq_lens.tolist() == [lengths[row] for row in rows]
 
     @rule(row=st.integers(0, BATCH - 1))
@@ -206,7 +220,7 @@ class Traffic(RuleBasedStateMachine):
         assert self.cache.lengths == self.lengths
         pages = [page for row in range(self.BATCH) for page in mapped(self.cache, row)]
         assert len(set(pages)) == len(pages) and set(pages) <= set(range(self.PAGES))
-        assert self.cache.bytes_in_use == len(pages) * self.cache.page_bytes
+        assert self.cache.bytes_in_use == len(pages) * self.cache.pool_of(0).page_bytes
 
     def teardown(self):
         for row in range(self.BATCH):

@@ -24,8 +24,15 @@ def filled(policy):
     for counts, prompt in ((PROMPTS, True), ([69, 69], False), ([1, 1], False)):
         cache.begin_step([0, 1], counts, prompt=prompt)
         cache.append(0, *torch.randn(2, sum(counts), HEADS, DIM, generator=g))
-    policy.begin_step(cache)
     return cache
+
+
+def roomy(policy):
+    """An empty cache of one layer, as the policy wants it."""
+    tokens = max(PROMPTS) + 100
+    rooms = policy.rooms(1, tokens, PAGE)
+    return PagedKVCache(num_layers=1, kv_heads=HEADS, head_dim=DIM, batch=2, max_tokens=tokens, page_size=PAGE,
+                        summary_mode=policy.summary_mode, rooms=rooms)  # fmt: skip
 
 
 def selected(policy, cache, layer=0):
@@ -101,49 +108,33 @@ def test_the_smallest_budgets_are_taken():
         ({"sink": 0, "recent": 10}, 24),
     ],
 )
-@pytest.mark.parametrize("name", ["sink", "quest"])
-def test_begin_wants_room_for_the_pages_always_read(name, options, least):
+def test_begin_wants_room_for_the_pages_always_read(options, least):
     """`recent` tokens may start anywhere in a page: r of them touch up to 1 + ceil((r - 1) / page) pages."""
-    filled(policies.get(name, budget=least, **options))
-    with pytest.raises(ValueError, match=f"policy {name}: budget: expected at least {least} tokens .* got {least - 1}"):
-        filled(policies.get(name, budget=least - 1, **options))
+    filled(Quest(least, **options))
+    with pytest.raises(ValueError, match=f"policy quest: budget: expected at least {least} tokens .* got {least - 1}"):
+        filled(Quest(least - 1, **options))
 
 
-@pytest.mark.parametrize(("recent", "least"), [(1, 32), (2, 40), (10, 48)])
-@pytest.mark.parametrize("name", ["sink", "quest"])
+# 20 tokens touch three pages; the recent ones touch others. Or, token by token, nothing but themselves.
+@pytest.mark.parametrize(
+    ("name", "recent", "least"),
+    [("quest", 1, 32), ("quest", 2, 40), ("quest", 10, 48), ("raas", 2, 40), ("sink", 1, 21), ("h2o", 10, 30)],
+)
 def test_begin_wants_room_for_a_protected_prompt(name, recent, least):
-    # 20 tokens touch three pages; the recent ones touch others.
-    filled(policies.get(name, budget=least, recent=recent, protect_prompt=True))
+    policy = policies.get(name, budget=least, recent=recent, protect_prompt=True)
+    policy.begin(roomy(policy), PROMPTS)
     message = rf"expected at least {least} tokens to protect a prompt of 20.* recent {recent} .* got {least - 1}"
+    policy = policies.get(name, budget=least - 1, recent=recent, protect_prompt=True)
     with pytest.raises(ValueError, match=message):
-        filled(policies.get(name, budget=least - 1, recent=recent, protect_prompt=True))
+        policy.begin(roomy(policy), PROMPTS)
 
 
 def test_full_reads_everything():
-    policy = Full()
-    assert selected(policy, filled(policy)) is None
+    assert Full().reads_all(0) and Full().reads_all(99)
 
 
-# 90 and 73 tokens: pages 0 to 11 and 0 to 9.
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"budget": 32}, [[0, 9, 10, 11], [0, 7, 8, 9]]),
-        ({"budget": 39}, [[0, 9, 10, 11], [0, 7, 8, 9]]),
-        ({"budget": 32, "sink": 0}, [[8, 9, 10, 11], [6, 7, 8, 9]]),
-        ({"budget": 32, "sink": 9}, [[0, 1, 10, 11], [0, 1, 8, 9]]),
-        ({"budget": 40, "protect_prompt": True}, [[0, 1, 2, 10, 11], [0, 6, 7, 8, 9]]),
-        ({"budget": 96}, [list(range(12)), list(range(10))]),
-        ({"budget": 1000}, [list(range(12)), list(range(10))]),
-    ],
-)
-def test_sink_reads_the_first_and_the_last_pages(options, expected):
-    policy = Sink(**options)
-    assert selected(policy, filled(policy)) == [[row] * HEADS for row in expected]
-
-
-@pytest.mark.parametrize("policy", [Sink, Quest])
-def test_a_budget_of_each_layer(policy):
+def test_a_budget_of_each_layer():
+    policy = Quest
     cache = PagedKVCache(num_layers=3, kv_heads=HEADS, head_dim=DIM, batch=1, max_tokens=100, page_size=PAGE,
                          summary_mode="minmax")  # fmt: skip
     each = policy([24, 0.5, 1.0], dense_layers=0)
@@ -154,7 +145,6 @@ def test_a_budget_of_each_layer(policy):
         cache.begin_step([0], [count], prompt=True)
         for layer in range(3):
             cache.append(layer, *torch.randn(2, count, HEADS, DIM, generator=g))
-    each.begin_step(cache)
     assert [[len(pages) for pages in selected(each, cache, layer)[0]] for layer in range(3)] == [
         [3] * 2,
         [6] * 2,
@@ -163,7 +153,6 @@ def test_a_budget_of_each_layer(policy):
     for layer, budget in enumerate([24, 50, 100]):
         alone = policy(budget, dense_layers=0)
         alone.begin(cache, [90])
-        alone.begin_step(cache)
         assert selected(alone, cache, layer) == selected(each, cache, layer)
     with pytest.raises(ValueError, match=f"{policy.name}: budget: expected one entry for each of 3 layers, got 2"):
         policy([24, 0.5]).begin(cache, [90])
@@ -171,25 +160,9 @@ def test_a_budget_of_each_layer(policy):
         policy(0.05).begin(cache, [90])
 
 
-def test_sink_decides_once_a_step():
-    policy = Sink(32, dense_layers=1)
-    cache = filled(policy)
-    assert selected(policy, cache, layer=0) is None
-    before = selected(policy, cache, layer=1)
-    for _ in range(PAGE):
-        cache.begin_step([0, 1], [1, 1])
-        policy.begin_step(cache)
-    assert selected(policy, cache, layer=1) == [[[0, *(page + 1 for page in pages[1:])]] * HEADS for pages, _ in before]
-    # A row that left the batch takes nothing along.
-    cache.begin_step([1], [1])
-    policy.begin_step(cache)
-    assert policy.select(1, torch.empty(1, HEADS * GROUP, DIM), cache, SCALE).pages.shape == (1, HEADS, 4)
-
-
-def test_quest_reads_dense_layers_whole():
-    policy = Quest(32)
-    cache = filled(policy)
-    assert [selected(policy, cache, layer) is None for layer in (0, 1)] == [True, True]
+def test_dense_layers():
+    assert [Quest(32).reads_all(layer) for layer in range(3)] == [True, True, False]
+    assert [Sink(32, dense_layers=1).reads_all(layer) for layer in range(3)] == [True, False, False]
     assert Quest(32).summary_mode == "minmax" and Sink(32).summary_mode is None
 
 
@@ -202,7 +175,7 @@ def test_quest_reads_the_pages_of_the_highest_score(options):
     cache = filled(policy)
     found = selected(policy, cache)
     q = torch.randn(2, HEADS * GROUP, DIM, generator=torch.Generator().manual_seed(1))
-    step = cache.step
+    step = cache.step_of(0)
     mode = options.get("scoring", "minmax")
     scores = reference.score_pages(
         q, cache.summary[0], step.page_table, step.seq_lens, PAGE, scale=SCALE, summary_mode=mode

@@ -22,9 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lil_ops import ops, policies
-from lil_ops.cache import PagedKVCache
+from lil_ops.cache import ALL, PagedKVCache
 from lil_ops.integrations.attach import ModelShape, attach, refusal
-from lil_ops.policies import Policy
+from lil_ops.policies import Chunk, Policy, Selection
 
 NAME = "lil"
 
@@ -99,6 +99,10 @@ class LilCache(Cache):
         self.policy = policies.get(policy, **policy_options)
         self.shape: ModelShape = attach(model)
         super().__init__(layers=[_LayerLength(max_tokens) for _ in range(self.shape.num_layers)])
+        # Inside a window every token is read, whatever the policy: the model was trained with that budget.
+        windows = self.shape.sliding_windows
+        self._managed = [not window and not self.policy.reads_all(i) for i, window in enumerate(windows)]
+        rooms = self.policy.rooms(self.shape.num_layers, max_tokens, page_size)
         self.kv = PagedKVCache(
             num_layers=self.shape.num_layers,
             kv_heads=self.shape.kv_heads,
@@ -109,6 +113,8 @@ class LilCache(Cache):
             dtype=model.dtype,
             device=model.device,
             summary_mode=self.policy.summary_mode,
+            vectors=self.policy.vectors,
+            rooms=[room if managed else ALL for room, managed in zip(rooms, self._managed, strict=True)],
         )
         self.rows = list(range(batch))
         self._begun = self._in_prompt = False
@@ -164,28 +170,24 @@ class LilCache(Cache):
         window = window or self.shape.sliding_windows[layer]
         if layer == 0:
             self._begin_step(key, mask)
-        kv, step = self.kv, self.kv.step
-        kv.append(layer, self._tokens(key), self._tokens(value))
         self._next = (layer + 1) % self.shape.num_layers
-        if key.shape[2] == 1:
-            q = query[:, :, 0]
-            # Inside a window every token is read, whatever the policy: the model was trained with that budget.
-            selection = None if window else self.policy.select(layer, q, kv, scale)
-            out, _ = ops.sparse_decode(
-                q,
-                kv.k[layer],
-                kv.v[layer],
-                step.page_table,
-                step.seq_lens,
-                *(selection or ()),
-                scale=scale,
-                window=window or 0,
-                softcap=softcap or 0.0,
-            )
-            return out[:, None]
+        # A sequence begins with a chunk, even of one token.
+        if key.shape[2] == 1 and not self._was_empty:
+            tokens = query[:, :, 0], key[:, :, 0], value[:, :, 0]
+            return self._attend_token(layer, *tokens, scale, window, softcap)[:, None]
+        scale = self.kv.head_dim**-0.5 if scale is None else scale
+        managed = self._managed[layer] and self.policy.watches_prompt
+        chunks = self._chunks(layer, query, key, value, scale, softcap) if managed or not self._was_empty else []
         if self._was_empty:
-            return _dense(module, query, key, value, mask, scale, 0.0, softcap)
-        return self._attend_chunk(layer, query, scale, window, softcap)
+            out = _dense(module, query, key, value, mask, scale, 0.0, softcap)
+        else:
+            out = self._attend_chunks(query, chunks, window)
+        if managed:
+            for i, chunk in enumerate(chunks):
+                self._keep(layer, i, chunk)
+        else:
+            self.kv.append(layer, self._tokens(key), self._tokens(value))
+        return out
 
     def reset(self) -> None:
         """Forget every sequence, and serve all rows again; the buffers stay."""
@@ -226,30 +228,114 @@ class LilCache(Cache):
             self.policy.check_budget(self.kv, lengths)
         self._in_prompt = prompt
         self.kv.begin_step(self.rows, counts, prompt=prompt)
-        if tokens == 1:
-            self.policy.begin_step(self.kv)
 
     def _tokens(self, states: torch.Tensor) -> torch.Tensor:
         """``[batch, kv_heads, tokens, head_dim]`` -> ``[real tokens, kv_heads, head_dim]``, sequence after sequence."""
         states = states.transpose(1, 2)
         return states.flatten(0, 1) if self._valid is None else states[self._valid]
 
-    def _attend_chunk(
-        self, layer: int, query: torch.Tensor, scale: float | None, window: int | None, softcap: float | None
+    def _attend_token(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None,
+        window: int | None,
+        softcap: float | None,
     ) -> torch.Tensor:
-        """A chunk of several tokens behind cached ones: dense, sequence by sequence, over the gathered cache."""
-        out = torch.zeros_like(query)
-        for i in range(len(self.rows)):
+        """One token a sequence, ``[batch, heads, head_dim]``: write, select, attend, observe."""
+        kv, policy, managed = self.kv, self.policy, self._managed[layer]
+        selection, mass = None, {}
+        if managed:
+            page_table, seq_lens = policy.write(layer, k, v, kv)
+            selection = policy.select(layer, q, kv, scale)
+            mass = self._room_for_mass(layer, q, page_table, selection)
+        else:
+            kv.append(layer, k, v)
+            page_table, seq_lens = kv.step_of(layer).page_table, kv.step_of(layer).seq_lens
+        out, _ = ops.sparse_decode(
+            q,
+            kv.k[layer],
+            kv.v[layer],
+            page_table,
+            seq_lens,
+            *(selection or ()),
+            scale=scale,
+            window=window or 0,
+            softcap=softcap or 0.0,
+            **mass,
+        )
+        if mass:
+            policy.observe(layer, *mass.values(), selection, kv)
+        return out
+
+    def _room_for_mass(
+        self, layer: int, q: torch.Tensor, page_table: torch.Tensor, selection: Selection | None
+    ) -> dict[str, torch.Tensor]:
+        """The output of `ops.sparse_decode` that the policy observes, by name."""
+        which = self.policy.mass_of(layer)
+        if which is None:
+            return {}
+        entries = page_table.shape[-1] if selection is None else selection.pages.shape[-1]
+        size = entries * (self.kv.page_size if which == "token" else 1)
+        return {f"{which}_mass": torch.empty(*q.shape[:2], size, device=q.device)}
+
+    def _chunks(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> list[Chunk]:
+        """Each sequence's queries, without padding, and its keys and values: those held, and then its new ones."""
+        chunks = []
+        for i, held in enumerate(self.kv.step_of(layer).held):
             real = slice(None) if self._valid is None else self._valid[i]
-            q = query[i][:, real]
-            k, v = self.kv.gather(layer, i)
-            places = torch.arange(k.shape[1], device=k.device)
-            queries = places[places.shape[0] - q.shape[1] :, None]
+            k, v = key[i][:, real], value[i][:, real]
+            if held:
+                old = self.kv.gather(layer, i, held)
+                k, v = torch.cat([old[0], k], 1), torch.cat([old[1], v], 1)
+            chunks.append(Chunk(query[i][:, real], k, v, scale, softcap or 0.0))
+        return chunks
+
+    def _attend_chunks(self, query: torch.Tensor, chunks: list[Chunk], window: int | None) -> torch.Tensor:
+        """Several tokens behind cached ones: dense, sequence by sequence."""
+        out = torch.zeros_like(query)
+        for i, chunk in enumerate(chunks):
+            places = torch.arange(chunk.k.shape[1], device=query.device)
+            queries = places[len(places) - chunk.q.shape[1] :, None]
             mask = places <= queries
             if window:
                 mask &= places > queries - window
-            out[i][:, real] = _attention(q[None], k[None], v[None], mask[None, None], scale, softcap)[0]
+            real = slice(None) if self._valid is None else self._valid[i]
+            attended = _attention(
+                *(t[None] for t in (chunk.q, chunk.k, chunk.v, mask[None])), chunk.scale, chunk.softcap
+            )
+            out[i][:, real] = attended[0]
         return out.transpose(1, 2)
+
+    def _keep(self, layer: int, i: int, chunk: Chunk) -> None:
+        """Store of one sequence's keys and values what the policy keeps."""
+        step, new = self.kv.step_of(layer), chunk.q.shape[1]
+        if new == 0:
+            return
+        kept = self.policy.keep(layer, i, chunk, self.kv)
+        if kept is None:
+            k, v = chunk.k[:, -new:], chunk.v[:, -new:]
+        else:
+            places = kept[..., None].expand(-1, -1, self.kv.head_dim)
+            k, v = chunk.k.gather(1, places), chunk.v.gather(1, places)
+        self.kv.append(
+            layer,
+            k.transpose(0, 1),
+            v.transpose(0, 1),
+            page_table=step.page_table[i : i + 1],
+            seq_lens=step.seq_lens[i : i + 1],
+            cu_seqlens=torch.tensor([0, k.shape[1]], dtype=torch.int32, device=k.device),
+        )
 
 
 class _LayerLength(CacheLayerMixin):

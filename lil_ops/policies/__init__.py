@@ -5,12 +5,21 @@ from __future__ import annotations
 import difflib
 import inspect
 
-from lil_ops.policies.base import Policy, Selection
+from lil_ops.policies.base import Chunk, Policy, Selection
 from lil_ops.policies.full import Full
+from lil_ops.policies.h2o import H2O
+from lil_ops.policies.infllm import InfLLM
+from lil_ops.policies.lessismore import LessIsMore
 from lil_ops.policies.quest import Quest
+from lil_ops.policies.raas import RaaS
 from lil_ops.policies.sink import Sink
+from lil_ops.policies.slots import TokenSlots
+from lil_ops.policies.snapkv import SnapKV
+from lil_ops.policies.tova import TOVA
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Full, Sink, Quest)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (Full, Sink, H2O, Quest, InfLLM, RaaS, SnapKV, TOVA, LessIsMore)
+}
 
 
 def get(name: str | Policy, **options) -> Policy:
@@ -42,4 +51,21 @@ def options_of(policy: type[Policy]) -> list[str]:
     return list(dict.fromkeys([*passed_on, *named]))
 
 
-__all__ = ["POLICIES", "Full", "Policy", "Quest", "Selection", "Sink", "get", "options_of"]
+__all__ = [
+    "H2O",
+    "POLICIES",
+    "TOVA",
+    "Chunk",
+    "Full",
+    "InfLLM",
+    "LessIsMore",
+    "Policy",
+    "Quest",
+    "RaaS",
+    "Selection",
+    "Sink",
+    "SnapKV",
+    "TokenSlots",
+    "get",
+    "options_of",
+]

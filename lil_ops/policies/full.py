@@ -13,8 +13,11 @@ class Full(Policy):
     def __init__(self):
         pass
 
-    def check_budget(self, cache, prompt_lens):
+    def reads_all(self, layer):
+        return True
+
+    def _set_budgets(self, num_layers, max_tokens):
         pass
 
-    def select(self, layer, q, cache, scale):
-        return None
+    def check_budget(self, cache, prompt_lens):
+        pass

@@ -25,9 +25,7 @@ class Quest(Policy):
         self.summary_mode = scoring
 
     def select(self, layer, q, cache, scale):
-        if layer < self.dense_layers:
-            return None
-        step = cache.step
+        step = cache.step_of(layer)
         scores = ops.score_pages(
             q,
             cache.summary[layer],
@@ -44,6 +42,6 @@ class Quest(Policy):
             self.budget_of(layer),
             sink=self.sink,
             recent=self.recent,
-            protected_lens=step.prompt_lens if self.protect_prompt else None,
+            protected_lens=self.protected_lens(cache, layer),
         )
         return Selection(pages, counts)
