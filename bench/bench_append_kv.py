@@ -9,14 +9,15 @@ import lil_ops
 PROMPT = 4096
 
 
-@pytest.mark.parametrize("variant", ["lil", "lil meanstd", "lil float8", "index_put"])
+@pytest.mark.parametrize("variant", ["lil", "lil meanstd", "lil float8", "lil slots", "index_put"])
 def test_append_one_token(measure, variant):
     c = shapes.case(8, shapes.FLOAT8 if "float8" in variant else torch.bfloat16)
     k, v = (torch.randn(8, shapes.KV_HEADS, shapes.HEAD_DIM).bfloat16() for _ in range(2))
     mode = "meanstd" if "meanstd" in variant else "minmax"
+    slots = torch.randint(0, int(c.seq_lens.min()), (8, shapes.KV_HEADS)).int() if "slots" in variant else None
 
     def lil():
-        lil_ops.append_kv(c.k, c.v, c.summary, k, v, c.page_table, c.seq_lens, summary_mode=mode)
+        lil_ops.append_kv(c.k, c.v, c.summary, k, v, c.page_table, c.seq_lens, summary_mode=mode, slots=slots)
 
     def peer():
         last = c.seq_lens.long() - 1

@@ -1,45 +1,70 @@
-// The rule of evict_pages for one head.
+// The rule of evict_pages for one head, the same code on every backend.
 #pragma once
 
+#include <bit>
+
+#include "host_device.h"
 #include "params.h"
 
 namespace lil {
 
-// Whether slot a's page goes before slot b's: the lower priority, NaN last, and among equals the earlier page.
-inline bool goes_before(float a, int32_t page_a, float b, int32_t page_b) {
-  if (a == b || (a != a && b != b)) return page_a < page_b;
-  return b != b || a < b;
-}
+// Says which of a head's slots the page of the newest token takes: that with the least key, and of equals the first.
+class Eviction {
+ public:
+  // Keys of slots that no page may take: one that holds the newest page already, and a recent one.
+  static constexpr uint64_t kHeld = 0, kRecent = ~uint64_t{0};
 
-// The slot that the page of the newest token takes; -1 where the head holds that page, or has no token. Lengths and
-// held pages are in range.
-inline int32_t evict_page_of(const EvictPagesParams& p, int64_t b, int64_t h) {
-  const int64_t length = p.seq_lens[b];
-  if (length == 0) return -1;
-  int32_t* const held = p.held + (b * p.kv_heads + h) * p.capacity;
-  const float* const priority = p.priority + (b * p.kv_heads + h) * p.capacity;
-  int32_t* const table = p.page_table + b * p.table_stride_b + h * p.table_stride_h;
-  const int32_t opened = static_cast<int32_t>((length - 1) / p.page_size);
-  const int64_t recent = length > p.recent ? (length - p.recent) / p.page_size : 0;  // the first recent page
-  const int64_t protect = p.protected_lens && p.protected_lens[b] > p.sink ? p.protected_lens[b] : p.sink;
-  const int64_t head = (protect + p.page_size - 1) / p.page_size;
-  // The best slot so far: free, else of a page that may go, else of the last page that is protected but not recent.
-  int32_t free = -1, goes = -1, last = -1;
-  for (int32_t s = 0; s < p.capacity; ++s) {
-    if (held[s] == opened) return -1;
-    if (held[s] < 0) {
-      if (free < 0) free = s;
-    } else if (held[s] < recent) {
-      if (last < 0 || held[s] > held[last]) last = s;
-      if (held[s] >= head && (goes < 0 || goes_before(priority[s], held[s], priority[goes], held[goes]))) goes = s;
-    }
+  // Of a sequence whose length is in range. Without tokens the newest page is -1, which free slots hold.
+  LIL_HOST_DEVICE Eviction(const EvictPagesParams& p, int64_t b, int32_t length) {
+    const int32_t sink = static_cast<int32_t>(p.sink), recent = static_cast<int32_t>(p.recent);
+    const int32_t protect = p.protected_lens && p.protected_lens[b] > sink ? p.protected_lens[b] : sink;
+    newest_ = last_page(length, p.page_shift);
+    first_recent_ = length > recent ? (length - recent) >> p.page_shift : 0;
+    protected_pages_ = last_page(protect, p.page_shift) + 1;
   }
-  const int32_t slot = free >= 0 ? free : goes >= 0 ? goes : last;
-  if (slot < 0) return -1;  // all are recent: only a list with duplicates can be so
-  if (held[slot] >= 0) table[held[slot]] = -1;
-  held[slot] = opened;
-  table[opened] = p.slot_pages[b * p.capacity + slot];
-  return slot;
-}
+
+  LIL_HOST_DEVICE int32_t newest() const { return newest_; }
+
+  // Free slots come first, then pages by their priority, then protected ones, of which the last goes first.
+  LIL_HOST_DEVICE uint64_t key(int32_t page, float priority) const {
+    if (page == newest_) return kHeld;
+    if (page < 0) return join(kFree, 0);
+    if (page >= first_recent_) return kRecent;
+    if (page < protected_pages_) return join(kProtected, ~page);
+    return join(rank(priority), page);
+  }
+
+  // Puts the newest page into the slot with the least key; returns the slot, or -1 where nothing was to do. (All are
+  // recent only in a list with duplicates.)
+  LIL_HOST_DEVICE int32_t fill(const EvictPagesParams& p, int64_t b, int64_t h, int32_t slot, uint64_t key) const {
+    if (key == kHeld || key == kRecent) return -1;
+    int32_t& held = p.held[(b * p.kv_heads + h) * p.capacity + slot];
+    if (p.page_table) {
+      int32_t* const table = p.page_table + b * p.table_stride_b + h * p.table_stride_h;
+      if (held >= 0) table[held] = -1;
+      table[newest_] = p.slot_pages[b * p.capacity + slot];
+    }
+    held = newest_;
+    return slot;
+  }
+
+ private:
+  // Ranks that no number has.
+  static constexpr uint32_t kFree = 1, kNan = ~0u - 2, kProtected = ~0u - 1;
+
+  int32_t newest_, first_recent_, protected_pages_;
+
+  // Of the first so many tokens; -1 where there are none.
+  LIL_HOST_DEVICE static int32_t last_page(int32_t tokens, int32_t shift) { return (tokens - 1) >> shift; }
+
+  LIL_HOST_DEVICE static uint64_t join(uint32_t rank, uint32_t then) { return uint64_t{rank} << 32 | then; }
+
+  // In the order of the numbers; -0 equals 0, NaN comes last.
+  LIL_HOST_DEVICE static uint32_t rank(float priority) {
+    const uint32_t bits = std::bit_cast<uint32_t>(priority + 0.0f);
+    if (priority != priority) return kNan;
+    return bits >> 31 ? ~bits : bits | 1u << 31;
+  }
+};
 
 }  // namespace lil

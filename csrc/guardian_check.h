@@ -1,13 +1,8 @@
 // The stop rule for one sequence, the same code on every backend.
 #pragma once
 
+#include "host_device.h"
 #include "params.h"
-
-#if defined(__CUDACC__)
-#define LIL_HOST_DEVICE __host__ __device__
-#else
-#define LIL_HOST_DEVICE
-#endif
 
 namespace lil {
 

@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY(lil, m) {
   m.def(
       "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? summary, Tensor k, Tensor v, Tensor page_table, "
       "Tensor seq_lens, Tensor? cu_seqlens=None, *, str summary_mode=\"minmax\", Tensor? k_scale=None, "
-      "Tensor? v_scale=None) -> ()");
+      "Tensor? v_scale=None, Tensor? slots=None) -> ()");
   // How much attention each page may receive, one number a (sequence, KV head, page).
   m.def(
       "score_pages(Tensor q, Tensor summary, Tensor page_table, Tensor seq_lens, int page_size, *, float? scale=None, "
@@ -42,10 +42,10 @@ STABLE_TORCH_LIBRARY(lil, m) {
       "Tensor page_table, Tensor seq_lens, int budget, *, int sink=0, int recent=1, Tensor? protected_lens=None, "
       "float? scale=None, float softcap=0.0, str summary_mode=\"minmax\", Tensor? k_scale=None, Tensor? v_scale=None, "
       "Tensor(d!)? loss=None) -> (Tensor out, Tensor lse)");
-  // Opens the page of the newest token where heads hold a fixed number of pages: the least of them goes.
+  // Makes room for the newest token, or its page, where heads hold a fixed number of them: the least of them goes.
   m.def(
-      "evict_pages(Tensor(a!) page_table, Tensor(b!) held, Tensor slot_pages, Tensor priority, Tensor seq_lens, "
-      "int page_size, *, int sink=0, int recent=1, Tensor? protected_lens=None) -> Tensor slots");
+      "evict_pages(Tensor(a!) held, Tensor priority, Tensor seq_lens, int page_size, *, int sink=0, int recent=1, "
+      "Tensor? protected_lens=None, Tensor(b!)? page_table=None, Tensor? slot_pages=None) -> Tensor slots");
   // Feeds new tokens to each sequence's LZ77 parse; returns its size in phrases and in bits.
   m.def(
       "lz77_append(Tensor(a!) state, Tensor tokens, Tensor? counts, int vocab_size) -> (Tensor phrases, Tensor bits)");

@@ -58,6 +58,7 @@ struct AppendKvParams {
   const int32_t* seq_lens;    // [batch], this append included
   const int32_t* cu_seqlens;  // [batch + 1], or null: one token a sequence
   int64_t batch, tokens;
+  const int32_t* slots;  // [batch, kv_heads]: where each head's one new token goes, -1: the last place; or null
 };
 
 struct ScorePagesParams {
@@ -137,16 +138,19 @@ struct SparseDecodeStepParams {
   float* loss;  // [batch, kv_heads * group], contiguous, or null
 };
 
-// Heads hold a fixed number of pages. Slot s of a sequence is physical page slot_pages[b, s], for every head.
+// Heads hold a fixed number of pages of 1 << page_shift tokens. Where there is a table, slot s of a sequence is
+// physical page slot_pages[b, s], for every head.
 struct EvictPagesParams {
-  int32_t* page_table;  // [batch, kv_heads, max_pages], last dimension contiguous
-  int64_t table_stride_b, table_stride_h, max_pages;
-  int32_t* held;              // [batch, kv_heads, capacity]: the logical page in each slot, -1: free
-  const int32_t* slot_pages;  // [batch, capacity]
-  const float* priority;      // [batch, kv_heads, capacity]
+  int32_t* held;          // [batch, kv_heads, capacity]: the logical page in each slot, -1: free
+  const float* priority;  // [batch, kv_heads, capacity]
   const int32_t* seq_lens;
   const int32_t* protected_lens;  // [batch] or null
-  int64_t batch, kv_heads, capacity, page_size, sink, recent;
+  int32_t* page_table;            // [batch, kv_heads, max_pages], last dimension contiguous, or null
+  int64_t table_stride_b, table_stride_h;
+  const int32_t* slot_pages;  // [batch, capacity], or null
+  int64_t batch, kv_heads, capacity, sink, recent;
+  int64_t max_tokens;  // of a sequence
+  int32_t page_shift;
   int32_t* slots;  // [batch, kv_heads]
 };
 

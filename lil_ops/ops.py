@@ -41,6 +41,7 @@ def append_kv(
     summary_mode: str = "minmax",
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
 ) -> None:
     """Write new tokens' keys and values into the paged cache and renew the summaries of the pages they touch.
 
@@ -59,6 +60,8 @@ def append_kv(
         k_scale, v_scale: see the module. A float8 cache stores ``k / scale``, divided in float32, rounded to nearest
             even, and saturated at +-448, infinities too; NaN stays NaN. (torch's own conversion may give NaN for what
             is too large.)
+        slots: ``[batch, kv_heads]`` int32, without ``cu_seqlens``: head h of sequence b writes its token at place
+            ``slots[b, h]``, less than ``seq_lens[b]``, over what was there; -1: the last place. None: all -1.
 
     Equivalent PyTorch, for sequence b with n new tokens::
 
@@ -67,6 +70,7 @@ def append_kv(
             k_cache[page_table[b, page], :, slot] = k[cu_seqlens[b] + j]     # v likewise
         summary[page_table[b, page]] = stack([keys.amin(1), keys.amax(1)], 1)  # keys: the page's valid tokens
         # meanstd: keys.mean(1), keys.std(1, correction=0)
+        # slots: for head h, page, slot = divmod(int(slots[b, h]), page_size)
     """
     _lil.append_kv(
         k_cache,
@@ -80,6 +84,7 @@ def append_kv(
         summary_mode=summary_mode,
         k_scale=k_scale,
         v_scale=v_scale,
+        slots=slots,
     )
 
 
@@ -329,9 +334,7 @@ def sparse_decode_step(
 
 
 def evict_pages(
-    page_table: torch.Tensor,
     held: torch.Tensor,
-    slot_pages: torch.Tensor,
     priority: torch.Tensor,
     seq_lens: torch.Tensor,
     page_size: int,
@@ -339,29 +342,38 @@ def evict_pages(
     sink: int = 0,
     recent: int = 1,
     protected_lens: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    slot_pages: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Open the page of each sequence's newest token where heads hold a fixed number of pages: evicting is overwriting.
+    """Make room for each sequence's newest token where heads hold a fixed number of pages: evicting is overwriting.
 
-    Each KV head holds at most ``capacity`` pages of a sequence, in slots; slot s is the same physical page for all
-    heads. A head that does not hold the newest token's page puts it into a free slot, else into that of the page with
-    the lowest priority (among equals the earlier page; NaN is never lower). Not to go are the pages of the last
-    ``recent`` tokens and of the first ``sink`` (``protected_lens[b]``) tokens; where only such are left, the last of
-    the latter goes: what does not fit is not protected. Call it before `append_kv`. CPU only.
+    Each KV head holds at most ``capacity`` pages of a sequence, in slots. A head that does not hold the newest token's
+    page puts it into a free slot, else into that of the page with the lowest priority (among equals the earlier page;
+    NaN is never lower). Not to go are the pages of the last ``recent`` tokens and of the first ``sink``
+    (``protected_lens[b]``) tokens; where only such are left, the last of the latter goes: what does not fit is not
+    protected. Call it before `append_kv`.
+
+    With a table, a slot is a page of the cache, and the table follows. Without one, it is whatever the caller keeps in
+    slots; with a ``page_size`` of 1 it is a token, and what is returned are ``slots`` for `append_kv`.
 
     Args:
-        page_table: ``[batch, kv_heads, max_pages]`` int32, last dimension contiguous; written: the opened page's entry
-            becomes its slot's physical page, the evicted one's -1.
         held: ``[batch, kv_heads, capacity]`` int32 logical pages, -1: free; written. It is a list of pages for
             `sparse_decode`, whose ``page_mass`` then lies beside it.
-        slot_pages: ``[batch, capacity]`` int32 physical pages. priority: as ``held``, float32.
-        seq_lens: ``[batch]``, the newest token counted. protected_lens: ``[batch]`` int32. All contiguous.
+        priority: as ``held``, float32.
+        seq_lens: ``[batch]``, tokens of the sequence, the newest counted (not those that are held).
+        page_size: as in the module; without a table also 1.
+        protected_lens: ``[batch]`` int32.
+        page_table: ``[batch, kv_heads, max_pages]`` int32, last dimension contiguous; written: the opened page's entry
+            becomes its slot's physical page, the evicted one's -1; or None.
+        slot_pages: ``[batch, capacity]`` int32 physical pages, the same for all heads; with ``page_table`` only. All
+            but the table are contiguous.
 
     Returns:
         slots ``[batch, kv_heads]`` int32: the slot that was filled, where whatever is kept beside ``held`` begins anew;
-        -1: no page was opened.
+        -1: nothing was to do.
 
-    Also RuntimeError, and nothing was written: a capacity smaller than the pages that sink and recent can touch; a
-    length, held page or slot page out of range.
+    Also RuntimeError, and nothing was written: a capacity smaller than the pages that sink and recent can touch; on the
+    CPU a length, held page or slot page out of range.
 
     Equivalent PyTorch, for one head that holds no free slot and not ``page = (seq_lens[b] - 1) // page_size``::
 
@@ -371,15 +383,15 @@ def evict_pages(
         page_table[b, h, page] = slot_pages[b, slot]
     """
     return _lil.evict_pages(
-        page_table,
         held,
-        slot_pages,
         priority,
         seq_lens,
         page_size,
         sink=sink,
         recent=recent,
         protected_lens=protected_lens,
+        page_table=page_table,
+        slot_pages=slot_pages,
     )
 
 
@@ -498,7 +510,7 @@ def _(q, *args, **options):
 
 
 @torch.library.register_fake("lil::evict_pages")
-def _(page_table, held, slot_pages, priority, seq_lens, page_size, *, sink=0, recent=1, protected_lens=None):
+def _(held, *args, **options):
     return held.new_empty(held.shape[:2])
 
 

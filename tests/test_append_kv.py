@@ -28,10 +28,10 @@ def new_tokens(count, cache, seed=3, dtype=None):
     return [torch.randn(shape, generator=g).to(cache.k.device, dtype or cache.k.dtype) for _ in range(2)]
 
 
-def check(cache, k, v, cu_seqlens=None, summary=True, mode="minmax"):
+def check(cache, k, v, cu_seqlens=None, summary=True, mode="minmax", slots=None):
     """The reference's bits; means and standard deviations, which are computed, within the tolerance."""
     before = [cache.k.clone(), cache.v.clone(), cache.summary.clone() if summary else None]
-    options = {"summary_mode": mode, **cache.scales}
+    options = {"summary_mode": mode, "slots": slots, **cache.scales}
     expected = reference.append_kv(*before, k, v, cache.page_table, cache.seq_lens, cu_seqlens, **options)
     target = cache.summary if summary else None
     lil_ops.append_kv(cache.k, cache.v, target, k, v, cache.page_table, cache.seq_lens, cu_seqlens, **options)
@@ -210,6 +210,52 @@ def test_strided_tokens(device):
     check(cache, k, v)
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    page_size=st.sampled_from([8, 16, 32]),
+    head_dim=st.sampled_from([64, 80, 192]),
+    dtype=st.sampled_from([*DTYPES, FLOAT8]),
+    mode=st.sampled_from(["minmax", "meanstd"]),
+    scales=st.sampled_from(SCALES),
+    per_head=st.booleans(),
+    nhd=st.booleans(),
+    summary=st.booleans(),
+    data=st.data(),
+)
+def test_slots(device, lengths, page_size, head_dim, dtype, mode, scales, per_head, nhd, summary, data):
+    cache = paged(device, lengths, kv_heads=3, head_dim=head_dim, page_size=page_size, per_head=per_head, nhd=nhd,
+                  dtype=dtype, scales=scales if dtype == FLOAT8 else None, summary_mode=mode)  # fmt: skip
+    slots = [data.draw(st.lists(st.integers(-1, n - 1), min_size=3, max_size=3)) for n in lengths]
+    slots = torch.tensor(slots, dtype=torch.int32, device=device)
+    k, v = new_tokens(len(lengths), cache, dtype=torch.bfloat16 if dtype == FLOAT8 else dtype)
+    check(cache, k, v, None, summary, mode, slots)
+
+
+def test_slots_of_minus_one_are_the_last_places(device):
+    caches = [paged(device, [1, 16, 17, 46], dtype=torch.bfloat16) for _ in range(2)]
+    for cache, slots in zip(caches, (None, torch.full((4, 2), -1, dtype=torch.int32, device=device)), strict=True):
+        check(cache, *new_tokens(4, cache), slots=slots)
+    for name in ("k", "v", "summary"):
+        assert_same(*(getattr(cache, name) for cache in caches))
+
+
+def test_a_bad_slot_stays_in_its_head(device):
+    """The other heads are written on CUDA, and on the CPU nothing is."""
+    cache, untouched = (paged(device, [20, 5]) for _ in range(2))
+    k, v = new_tokens(2, cache)
+    slots = torch.tensor([[3, 20], [-2, 0]], dtype=torch.int32, device=device)
+    with pytest.raises(RuntimeError, match="lil::append_kv: slots: expected -1 or a slot from 0 to (19|4) for"):
+        lil_ops.append_kv(cache.k, cache.v, cache.summary, k, v, cache.page_table, cache.seq_lens, slots=slots)
+        lil_ops.check_errors()
+    good = torch.tensor([[True, False], [False, True]], device=device)
+    written = torch.zeros(len(cache.k), 2, dtype=torch.bool, device=device)
+    written[cache.page_table[:, 0]] = good & (device != "cpu")
+    for name in ("k", "v", "summary"):
+        now, then = (getattr(c, name).nan_to_num() for c in (cache, untouched))
+        assert torch.equal((now != then).flatten(2).any(-1), written)
+
+
 def test_overwriting_a_token_renews_the_summary(device):
     cache = paged(device, [16])
     cache.k[cache.page_table[0, 0], :, 15] = 100.0
@@ -251,7 +297,9 @@ def test_opcheck(device):
     k, v = new_tokens(2, cache)
     for summary in (cache.summary.nan_to_num(), None):
         args = (cache.k.nan_to_num(), cache.v.nan_to_num(), summary, k, v, cache.page_table, cache.seq_lens)
-        torch.library.opcheck(torch.ops.lil.append_kv.default, args, {"summary_mode": "meanstd"})
+        for slots in (None, torch.tensor([[3, -1], [0, 4]], dtype=torch.int32, device=device)):
+            options = {"summary_mode": "meanstd", "slots": slots}
+            torch.library.opcheck(torch.ops.lil.append_kv.default, args, options)
 
 
 def test_opcheck_float8(device):
@@ -259,6 +307,10 @@ def test_opcheck_float8(device):
     buffers = (without_nan(t) for t in (cache.k, cache.v, cache.summary))
     args = (*buffers, *new_tokens(2, cache, dtype=torch.bfloat16), cache.page_table, cache.seq_lens)
     torch.library.opcheck(torch.ops.lil.append_kv.default, args, cache.scales, test_utils=OPCHECKS_OF_FLOAT8)
+
+
+def slots_like(a):
+    return a["seq_lens"].new_zeros(2, 2)
 
 
 BAD = {
@@ -285,6 +337,14 @@ BAD = {
     "page_table: expected a page from 0": lambda a: a.update(page_table=a["page_table"] * 0 - 1),
     "page_table: expected a page from 0 to": lambda a: a.update(page_table=a["page_table"] * 0 + 1000),
     "cu_seqlens: expected ascending": lambda a: a.update(cu_seqlens=a["seq_lens"].new_tensor([0, 2, 1])),
+    "slots: expected None beside cu_seqlens": lambda a: a.update(
+        slots=slots_like(a), cu_seqlens=a["seq_lens"].new_tensor([0, 1, 2])
+    ),
+    "slots: expected shape": lambda a: a.update(slots=slots_like(a)[:1]),
+    "slots: expected Int, got Long": lambda a: a.update(slots=slots_like(a).long()),
+    "slots: expected a contiguous": lambda a: a.update(slots=slots_like(a).T),
+    "slots: expected -1 or a slot from 0 to": lambda a: a.update(slots=slots_like(a) + 20),
+    "slots: expected -1 or a slot from 0": lambda a: a.update(slots=slots_like(a) - 2),
     "summary_mode: expected 'minmax' or 'meanstd', got 'max'": lambda a: a.update(summary_mode="max"),
     "k_scale: expected None where values are not stored as Float8": lambda a: a.update(k_scale=torch.ones(2)),
     "v_scale: expected None where values are not stored as Float8": lambda a: a.update(v_scale=torch.ones(2)),

@@ -9,7 +9,8 @@ template <class Backend>
 AppendKvParams append_kv_params(const char* op, Tensor& k_cache, Tensor& v_cache, std::optional<Tensor>& summary,
                                 const Tensor& k, const Tensor& v, const Tensor& page_table, const Tensor& seq_lens,
                                 const std::optional<Tensor>& cu_seqlens, const std::string& mode,
-                                const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+                                const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
+                                const std::optional<Tensor>& slots = std::nullopt) {
   KvCache cache = make_kv_cache(k_cache, v_cache, k_scale, v_scale, op);
   const SummaryMode summary_mode = check_summary_mode(mode, op);
   Summary pages{};
@@ -23,6 +24,10 @@ AppendKvParams append_kv_params(const char* op, Tensor& k_cache, Tensor& v_cache
   const int64_t batch = seq_lens.size(0);
   check_dense(seq_lens, k_cache, op, "seq_lens", "[batch]", {batch});
   if (cu_seqlens) check_dense(*cu_seqlens, k_cache, op, "cu_seqlens", "[batch + 1]", {batch + 1});
+  if (slots) {
+    LIL_CHECK(!cu_seqlens, op, "slots", "None beside cu_seqlens", shape_text(*slots));
+    check_dense(*slots, k_cache, op, "slots", "[batch, kv_heads]", {batch, cache.kv_heads});
+  }
   check_shape(k, op, "k", meaning, {cu_seqlens ? -1 : batch, cache.kv_heads, cache.head_dim});
   check_shape(v, op, "v", meaning, {k.size(0), cache.kv_heads, cache.head_dim});
   // What is stored as float8 comes in a wider dtype.
@@ -42,18 +47,30 @@ AppendKvParams append_kv_params(const char* op, Tensor& k_cache, Tensor& v_cache
   cache.k.data = k_cache.mutable_data_ptr();
   cache.v.data = v_cache.mutable_data_ptr();
   if (summary) pages.data = summary->mutable_data_ptr();
-  return {cache,       pages,       k.const_data_ptr(),   v.const_data_ptr(),
-          k_dtype,     k.stride(0), k.stride(1),          v.stride(0),
-          v.stride(1), table,       int32_data(seq_lens), cu_seqlens ? int32_data(*cu_seqlens) : nullptr,
-          batch,       k.size(0)};
+  return {cache,
+          pages,
+          k.const_data_ptr(),
+          v.const_data_ptr(),
+          k_dtype,
+          k.stride(0),
+          k.stride(1),
+          v.stride(0),
+          v.stride(1),
+          table,
+          int32_data(seq_lens),
+          cu_seqlens ? int32_data(*cu_seqlens) : nullptr,
+          batch,
+          k.size(0),
+          slots ? int32_data(*slots) : nullptr};
 }
 
 template <class Backend>
 void append_kv(Tensor k_cache, Tensor v_cache, std::optional<Tensor> summary, const Tensor& k, const Tensor& v,
                const Tensor& page_table, const Tensor& seq_lens, const std::optional<Tensor>& cu_seqlens,
-               const std::string& mode, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+               const std::string& mode, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
+               const std::optional<Tensor>& slots) {
   const AppendKvParams params = append_kv_params<Backend>("append_kv", k_cache, v_cache, summary, k, v, page_table,
-                                                          seq_lens, cu_seqlens, mode, k_scale, v_scale);
+                                                          seq_lens, cu_seqlens, mode, k_scale, v_scale, slots);
   if (params.batch > 0) Backend::append_kv(params, k_cache);
 }
 

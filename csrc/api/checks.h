@@ -148,6 +148,10 @@ inline void check_max_pages(int64_t pages, int64_t page_size, const char* op, co
   LIL_CHECK(pages <= most, op, arg, text("at most ", most, " pages"), text(pages));
 }
 
+inline std::string lengths_text(int64_t max_tokens) {
+  return text("0 to ", max_tokens, " tokens", max_tokens == INT32_MAX ? "" : " (max_pages * page_size)");
+}
+
 // [batch, max_pages], or [batch, kv_heads, max_pages] where heads have tables of their own.
 inline PageTable make_page_table(const Tensor& t, const Tensor& like, const char* op, int64_t batch, int64_t kv_heads,
                                  int64_t page_size) {

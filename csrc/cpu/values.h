@@ -8,7 +8,7 @@ namespace lil::cpu {
 inline void check_seq_lens(const char* op, const int32_t* seq_lens, int64_t batch, int64_t max_tokens) {
   for (int64_t b = 0; b < batch; ++b) {
     LIL_CHECK(seq_lens[b] >= 0 && seq_lens[b] <= max_tokens, op, "seq_lens",
-              text("0 to ", max_tokens, " tokens (max_pages * page_size) for sequence ", b), text(seq_lens[b]));
+              text(lengths_text(max_tokens), " for sequence ", b), text(seq_lens[b]));
   }
 }
 

@@ -22,17 +22,20 @@ def append_kv(
     summary_mode="minmax",
     k_scale=None,
     v_scale=None,
+    slots=None,
 ):
     """See `lil_ops.append_kv`. Pure: returns the new (k_cache, v_cache, summary)."""
     assert summary_mode in ("minmax", "meanstd")
+    assert cu_seqlens is None or slots is None
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     summary = None if summary is None else summary.clone()
     _, kv_heads, page_size, _ = k_cache.shape
     offsets = range(len(seq_lens) + 1) if cu_seqlens is None else cu_seqlens.tolist()
     for b, length in enumerate(seq_lens.tolist()):
-        first = length - (offsets[b + 1] - offsets[b])
+        count = offsets[b + 1] - offsets[b]
         for h in range(kv_heads):
-            for token in range(first, length):
+            first = length - count if slots is None or slots[b, h] == -1 else int(slots[b, h])
+            for token in range(first, first + count):
                 page, slot = divmod(token, page_size)
                 physical = physical_page(page_table, b, h, page)
                 row = offsets[b] + token - first

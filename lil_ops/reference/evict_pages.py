@@ -9,9 +9,11 @@ import torch
 from lil_ops.reference._pages import num_pages
 
 
-def evict_pages(page_table, held, slot_pages, priority, seq_lens, page_size, *, sink=0, recent=1, protected_lens=None):
-    """See `lil_ops.evict_pages`. Pure: returns (slots, page_table, held)."""
-    page_table, held = page_table.clone(), held.clone()
+def evict_pages(
+    held, priority, seq_lens, page_size, *, sink=0, recent=1, protected_lens=None, page_table=None, slot_pages=None
+):
+    """See `lil_ops.evict_pages`. Pure: returns (slots, held, page_table)."""
+    held, page_table = held.clone(), None if page_table is None else page_table.clone()
     slots = torch.full(held.shape[:2], -1, dtype=torch.int32, device=held.device)
     for b, length in enumerate(seq_lens.tolist()):
         opened = num_pages(length, page_size) - 1
@@ -32,9 +34,10 @@ def evict_pages(page_table, held, slot_pages, priority, seq_lens, page_size, *, 
 
             first_recent = max(0, length - recent) // page_size
             slot = min((s for s, page in enumerate(pages) if page < first_recent), key=order)
-            if pages[slot] >= 0:
-                page_table[b, h, pages[slot]] = -1
+            if page_table is not None:
+                if pages[slot] >= 0:
+                    page_table[b, h, pages[slot]] = -1
+                page_table[b, h, opened] = slot_pages[b, slot]
             held[b, h, slot] = opened
-            page_table[b, h, opened] = slot_pages[b, slot]
             slots[b, h] = slot
-    return slots, page_table, held
+    return slots, held, page_table

@@ -50,8 +50,8 @@ void store_row(const S* row, int64_t head_dim, float scale, e4m3* out) {
 
 // T is what the cache stores, S what comes.
 template <class T, class S>
-void append_page(const AppendKvParams& p, const AppendItem& item, int64_t h) {
-  const int64_t physical = p.pages.at(item.b, h, item.page), head_dim = p.cache.head_dim;
+void append_page(const AppendKvParams& p, const AppendItem& item) {
+  const int64_t h = item.h, physical = p.pages.at(item.b, h, item.page), head_dim = p.cache.head_dim;
   const auto at = [&](const PagedBuffer& buffer) {
     return static_cast<T*>(buffer.data) + physical * buffer.stride_page + h * buffer.stride_head;
   };
@@ -76,7 +76,7 @@ void append_page(const AppendKvParams& p, const AppendItem& item, int64_t h) {
 
 void append_kv(const AppendKvParams& p, const AppendItem* items, int64_t begin, int64_t end) {
   const auto append = [&](auto append_one) {
-    for (int64_t i = begin; i < end; ++i) append_one(p, items[i / p.cache.kv_heads], i % p.cache.kv_heads);
+    for (int64_t i = begin; i < end; ++i) append_one(p, items[i]);
   };
   if (p.cache.dtype == DType::kFloat8E4M3) {
     with_dtype(p.k_dtype, [&]<class S>(const S*) { append(append_page<e4m3, S>); });

@@ -24,9 +24,9 @@ struct Partials {
   float* sum;  // [rows]
 };
 
-// The pages of one sequence that an append touches; seq_lens and cu_seqlens are already checked.
+// A page of one head that an append touches; values are already checked.
 struct AppendItem {
-  int32_t b, page;         // logical page
+  int32_t b, h, page;      // logical page
   int32_t begin, end;      // slots of the page that receive tokens
   int64_t first_token;     // row of k and v that goes to `begin`
   int32_t tokens_in_page;  // valid slots after the append
@@ -34,7 +34,7 @@ struct AppendItem {
 
 struct Kernels {
   const char* name;
-  void (*append_kv)(const AppendKvParams&, const AppendItem*, int64_t begin, int64_t end);  // over items x kv_heads
+  void (*append_kv)(const AppendKvParams&, const AppendItem*, int64_t begin, int64_t end);
   void (*score_pages)(const ScorePagesParams&, int64_t begin, int64_t end);    // over batch x kv_heads x page blocks
   void (*select_pages)(const SelectPagesParams&, int64_t begin, int64_t end);  // over batch x kv_heads
   void (*attend_chunks)(const SparseDecodeParams&, const AttendItem*, const Partials&, int64_t begin, int64_t end);
