@@ -99,7 +99,7 @@ class InfLLM(Policy):
 
     def _heaviest(self, weight: torch.Tensor) -> torch.Tensor:
         """``[..., page_size]`` -> ``[..., representatives]``: places of the heaviest, of equals the first."""
-        return weight.argsort(-1, descending=True, stable=True)[..., : self.vectors]
+        return weight.argsort(dim=-1, descending=True, stable=True)[..., : self.vectors]
 
     def _represent(self, layer, cache, physical, keys, best) -> None:
         """Let keys ``[pages, kv_heads, page_size, head_dim]`` at the places ``best`` stand for their pages."""

@@ -76,7 +76,7 @@ class LessIsMore(Policy):
         page = torch.arange(mass.shape[2], device=mass.device)
         first_recent = (cache.step_of(layer).seq_lens - self.recent_of(layer)).clamp(min=0) // size
         always = (page < -(-self.sink // size)) | (page >= first_recent[:, None])
-        order = mass.masked_fill(always[:, None], -1.0).argsort(-1, descending=True, stable=True)
+        order = mass.masked_fill(always[:, None], -1.0).argsort(dim=-1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter_(-1, order, page.expand_as(order))
         # A page's place in the union: by its best rank, and of equal ranks by the head.
         head = torch.arange(heads, device=mass.device)[:, None]

@@ -73,8 +73,8 @@ class TokenSlots(Policy):
         """Ascending places ``[kv_heads, count]`` of those that stay; of equals the later."""
         first = length if self.protect_prompt else self.sink
         stay = (positions < first) | (positions >= length - self.recent_of(layer))
-        later = positions.argsort(1, descending=True)
-        ranked = priority.masked_fill(stay, torch.inf).gather(1, later).argsort(1, descending=True, stable=True)
+        later = positions.argsort(dim=1, descending=True)
+        ranked = priority.masked_fill(stay, torch.inf).gather(1, later).argsort(dim=1, descending=True, stable=True)
         return later.gather(1, ranked)[:, :count].sort(1).values
 
     def write(self, layer, k, v, cache):
