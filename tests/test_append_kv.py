@@ -286,6 +286,9 @@ BAD = {
     "page_table: expected a page from 0 to": lambda a: a.update(page_table=a["page_table"] * 0 + 1000),
     "cu_seqlens: expected ascending": lambda a: a.update(cu_seqlens=a["seq_lens"].new_tensor([0, 2, 1])),
     "summary_mode: expected 'minmax' or 'meanstd', got 'max'": lambda a: a.update(summary_mode="max"),
+    "summary_mode: expected 'minmax' or 'meanstd' \\(which keys represent a page is for the policy": lambda a: a.update(
+        summary_mode="representative"
+    ),
     "k_scale: expected None where values are not stored as Float8": lambda a: a.update(k_scale=torch.ones(2)),
     "v_scale: expected None where values are not stored as Float8": lambda a: a.update(v_scale=torch.ones(2)),
 }
