@@ -7,8 +7,9 @@ namespace lil {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat8E4M3 };
 
-// What the two vectors of a page summary are.
-enum class SummaryMode : int32_t { kMinMax, kMeanStd };
+// What the vectors of a page summary are: two, or some of the page's keys.
+enum class SummaryMode : int32_t { kMinMax, kMeanStd, kRepresentative };
+constexpr int64_t kMaxRepresentatives = 16;
 
 // Logical page of a sequence -> physical page of the cache. stride_h is 0 where all KV heads share one table.
 struct PageTable {
@@ -40,11 +41,11 @@ struct KvCache {
   Scale k_scale, v_scale;
 };
 
-// Page summaries, [num_pages, kv_heads, 2, head_dim]; the last two dimensions are contiguous. data is null where the
-// caller keeps none. Summaries of float8 keys are of the stored values, before the scale.
+// Page summaries, [num_pages, kv_heads, vectors, head_dim]; the last two dimensions are contiguous. data is null where
+// the caller keeps none. Summaries of float8 keys are of the stored values, before the scale.
 struct Summary {
   void* data;
-  int64_t stride_page, stride_head;
+  int64_t stride_page, stride_head, vectors;
   SummaryMode mode;
 };
 

@@ -56,7 +56,8 @@ def append_kv(
         page_table: see the module. seq_lens: ``[batch]``, the new tokens included: they take the last places.
         cu_seqlens: ``[batch + 1]`` offsets of each sequence's new tokens in k and v; None: one token a sequence.
         summary_mode: what a summary holds: ``"minmax"``, the exact min and max of each element; ``"meanstd"``, its mean
-            and population standard deviation.
+            and population standard deviation. ``"representative"`` is refused: which keys represent a page is for the
+            policy to say, which writes such summaries itself.
         k_scale, v_scale: see the module. A float8 cache stores ``k / scale``, divided in float32, rounded to nearest
             even, and saturated at +-448, infinities too; NaN stays NaN. (torch's own conversion may give NaN for what
             is too large.)
@@ -102,13 +103,18 @@ def score_pages(
     """Score every page of every sequence for every KV head: how much attention it may receive.
 
     Args:
-        q: ``[batch, q_heads, head_dim]``. summary: as in `append_kv`. page_table, seq_lens: see the module.
+        q: ``[batch, q_heads, head_dim]``. page_table, seq_lens: see the module.
+        summary: as in `append_kv`; in mode representative ``[num_pages, kv_heads, r, head_dim]``, r from 1 to 16, last
+            two dimensions contiguous.
         scale: positive factor on the logits; default ``head_dim ** -0.5``, so that scores are in the units of
             `sparse_decode`'s lse.
         summary_mode: ``"minmax"`` is Quest's upper bound (Tang et al., arXiv 2406.10774): no key of the page has a
             larger ``scale * q . k`` for any query head of the group. ``"meanstd"`` estimates the log of the mean of
             ``exp(scale * q . k)`` over the page's keys, as if they were normal with independent elements: the score
             plus the log of the number of tokens estimates the page's own lse. It bounds nothing.
+            ``"representative"`` is InfLLM's (Xiao et al., arXiv 2402.04617): the mean of ``scale * q . k`` over the
+            query heads of the group and the page's r representative keys, which the caller keeps; a page with fewer
+            tokens than r repeats some.
         k_scale: the scales of float8 keys, see the module.
 
     Returns:
@@ -120,6 +126,8 @@ def score_pages(
         score = scale * maximum(q[b, group] * low, q[b, group] * high).sum(-1).max()
         # meanstd: mean, std = summary[page_table[b, p], h]
         score = (scale * q[b, group] @ mean + 0.5 * scale**2 * q[b, group] ** 2 @ std**2).max()
+        # representative:
+        score = scale * (q[b, group] @ summary[page_table[b, p], h].T).mean()
         # float8 keys: scale * k_scale of the page stands for scale
     """
     return _lil.score_pages(

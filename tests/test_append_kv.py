@@ -346,6 +346,9 @@ BAD = {
     "slots: expected -1 or a slot from 0 to": lambda a: a.update(slots=slots_like(a) + 20),
     "slots: expected -1 or a slot from 0": lambda a: a.update(slots=slots_like(a) - 2),
     "summary_mode: expected 'minmax' or 'meanstd', got 'max'": lambda a: a.update(summary_mode="max"),
+    "summary_mode: expected 'minmax' or 'meanstd' \\(which keys represent a page is for the policy": lambda a: a.update(
+        summary_mode="representative"
+    ),
     "k_scale: expected None where values are not stored as Float8": lambda a: a.update(k_scale=torch.ones(2)),
     "v_scale: expected None where values are not stored as Float8": lambda a: a.update(v_scale=torch.ones(2)),
 }

@@ -154,18 +154,81 @@ def test_meanstd_of_pages_that_do_not_deviate(device, dtype):
     assert relative_error(scores, (q.double() * keys).sum(-1) / 8) < 1e-5
 
 
-def test_unmapped_page_scores_minus_infinity(device):
-    cache = paged(device, [100])
+@pytest.mark.parametrize("representatives", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_representative(device, dtype, head_dim, representatives):
+    cache = paged(device, [100, 1, 0, 1500], head_dim=head_dim, dtype=dtype, summary_mode="representative",
+                  representatives=representatives)  # fmt: skip
+    check(cache, queries(device, 4, 8, head_dim, dtype), 16, summary_mode="representative")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 700), min_size=1, max_size=3),
+    page_size=st.sampled_from(PAGE_SIZES),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    group=st.integers(1, 17),
+    representatives=st.integers(1, 16),
+    dtypes=st.tuples(st.sampled_from([*DTYPES, FLOAT8]), st.sampled_from(DTYPES)),
+    scales=st.sampled_from(SCALES),
+    per_head=st.booleans(),
+    scale=st.sampled_from([None, 0.3]),
+    seed=st.integers(0, 99),
+)
+def test_any_representatives(
+    device, lengths, page_size, head_dim, group, representatives, dtypes, scales, per_head, scale, seed
+):
+    scales = scales if dtypes[0] == FLOAT8 else None
+    cache = paged(device, lengths, head_dim=head_dim, page_size=page_size, dtype=dtypes[0], per_head=per_head,
+                  seed=seed, scales=scales, summary_mode="representative", representatives=representatives)  # fmt: skip
+    q = queries(device, len(lengths), 2 * group, head_dim, dtypes[1], seed)
+    check(cache, q, page_size, scale=scale, summary_mode="representative")
+
+
+def test_representatives_that_are_a_part_of_a_larger_tensor(device):
+    cache = paged(device, [100, 700], summary_mode="representative", representatives=16)
+    cache.summary = cache.summary[:, :, 3:8]
+    check(cache, queries(device, 2, 6, 64), 16, summary_mode="representative")
+
+
+def test_all_keys_of_a_page_as_representatives(device):
+    """The mean of its logits."""
+    cache = paged(device, [40, 24], page_size=8, summary_mode="representative", representatives=8)
+    q = queries(device, 2, 2, 64)
+    scores = check(cache, q, 8, summary_mode="representative")
+    keys = cache.k[cache.page_table[0, :5].long()].double()
+    logits = torch.einsum("phtd,hd->hpt", keys, q[0].double()) / 8
+    assert relative_error(scores[0, :, :5], logits.mean(-1)) < 1e-5
+
+
+def test_compiled_with_representatives(device):
+    cache = paged(device, [100, 30], summary_mode="representative", representatives=4)
+
+    def score(q, *arguments):
+        return lil_ops.score_pages(q * 2, *arguments, 16, summary_mode="representative") + 1
+
+    arguments = queries(device, 2, 6, 64), cache.summary, cache.page_table, cache.seq_lens
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(score, fullgraph=True)(*arguments), score(*arguments), rtol=0, atol=0)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mode", ["minmax", "representative"])
+def test_unmapped_page_scores_minus_infinity(device, mode):
+    cache = paged(device, [100], summary_mode=mode)
     cache.page_table[0, 3] = -1
-    scores = lil_ops.score_pages(queries(device, 1, 2, 64), cache.summary, cache.page_table, cache.seq_lens, 16)
+    q = queries(device, 1, 2, 64)
+    scores = lil_ops.score_pages(q, cache.summary, cache.page_table, cache.seq_lens, 16, summary_mode=mode)
     assert scores[0, :, 3].isneginf().all() and scores[0, :, [0, 1, 2, 4, 5, 6]].isfinite().all()
 
 
-def test_nan_stays_in_its_sequence(device):
+@pytest.mark.parametrize("mode", ["minmax", "representative"])
+def test_nan_stays_in_its_sequence(device, mode):
     cache = paged(device, [40, 40])
     q = queries(device, 2, 2, 64)
     q[0, 0, 7] = torch.nan
-    scores = lil_ops.score_pages(q, cache.summary, cache.page_table, cache.seq_lens, 16)
+    scores = lil_ops.score_pages(q, cache.summary, cache.page_table, cache.seq_lens, 16, summary_mode=mode)
     assert scores[0, 0, :3].isnan().all() and scores[1, :, :3].isfinite().all() and scores[0, 1, :3].isfinite().all()
 
 
@@ -182,10 +245,14 @@ def test_opcheck(device):
     args = (queries(device, 2, 4, 64), cache.summary.nan_to_num(), cache.page_table, cache.seq_lens, 16)
     torch.library.opcheck(torch.ops.lil.score_pages.default, args)
     torch.library.opcheck(torch.ops.lil.score_pages.default, args, {"summary_mode": "meanstd"})
+    some = cache.summary.nan_to_num()[:, :, :1].repeat(1, 1, 3, 1)
+    representative = (args[0], some, *args[2:])
+    torch.library.opcheck(torch.ops.lil.score_pages.default, representative, {"summary_mode": "representative"})
     cache = paged(device, [40, 7], dtype=FLOAT8, scales="page")
     args = (args[0], without_nan(cache.summary), cache.page_table, cache.seq_lens, 16)
-    options = {"k_scale": cache.k_scale}
-    torch.library.opcheck(torch.ops.lil.score_pages.default, args, options, test_utils=OPCHECKS_OF_FLOAT8)
+    for mode in ("minmax", "representative"):
+        options = {"summary_mode": mode, "k_scale": cache.k_scale}
+        torch.library.opcheck(torch.ops.lil.score_pages.default, args, options, test_utils=OPCHECKS_OF_FLOAT8)
 
 
 BAD = {
@@ -200,7 +267,21 @@ BAD = {
     "seq_lens: expected 0 to": lambda a: a.update(seq_lens=a["seq_lens"] - 50),
     "page_size: expected a page size": lambda a: a.update(page_size=24),
     "scale: expected a positive number": lambda a: a.update(scale=-1.0),
-    "summary_mode: expected 'minmax' or 'meanstd', got 'mean'": lambda a: a.update(summary_mode="mean"),
+    "summary_mode: expected 'minmax', 'meanstd' or 'representative', got 'mean'": lambda a: a.update(
+        summary_mode="mean"
+    ),
+    "summary: expected shape \\[num_pages, kv_heads, r, head_dim\\]": lambda a: a.update(
+        summary=a["summary"][..., :32], summary_mode="representative"
+    ),
+    "summary: expected 1 to 16 representative keys, got 17": lambda a: a.update(
+        summary=a["summary"][:, :, :1].repeat(1, 1, 17, 1), summary_mode="representative"
+    ),
+    "summary: expected 1 to 16 representative keys, got 0": lambda a: a.update(
+        summary=a["summary"][:, :, :0], summary_mode="representative"
+    ),
+    "summary: expected its last two dimensions contiguous, got stride 128": lambda a: a.update(
+        summary=a["summary"].repeat(1, 1, 2, 1)[:, :, ::2], summary_mode="representative"
+    ),
     "k_scale: expected None where values are not stored as Float8": lambda a: a.update(k_scale=torch.ones(2)),
     "k_scale: expected Float, got Double": lambda a: a.update(
         summary=a["summary"].to(FLOAT8), k_scale=torch.ones(2, device=a["q"].device).double()

@@ -307,6 +307,9 @@ BAD = {
     "scale: expected a positive number": lambda a: a.update(scale=-1.0),
     "softcap: expected": lambda a: a.update(softcap=-1.0),
     "summary_mode: expected 'minmax' or 'meanstd', got 'mean'": lambda a: a.update(summary_mode="mean"),
+    "summary_mode: expected 'minmax' or 'meanstd' \\(which keys represent a page is for the policy": lambda a: a.update(
+        summary_mode="representative"
+    ),
     "k_scale: expected None where values are not stored as Float8": lambda a: a.update(k_scale=torch.ones(2)),
     "v_scale: expected None where values are not stored as Float8": lambda a: a.update(v_scale=torch.ones(2)),
     "loss: expected Float, got Half": lambda a: a.update(loss=empty_loss(a["q"]).half()),

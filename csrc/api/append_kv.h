@@ -12,7 +12,7 @@ AppendKvParams append_kv_params(const char* op, Tensor& k_cache, Tensor& v_cache
                                 const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
                                 const std::optional<Tensor>& slots = std::nullopt) {
   KvCache cache = make_kv_cache(k_cache, v_cache, k_scale, v_scale, op);
-  const SummaryMode summary_mode = check_summary_mode(mode, op);
+  const SummaryMode summary_mode = check_made_summary(mode, op);
   Summary pages{};
   if (summary) {
     pages = make_summary(*summary, k_cache, op, cache.num_pages, cache.kv_heads, cache.head_dim, k_cache.scalar_type(),

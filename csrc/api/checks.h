@@ -208,21 +208,41 @@ inline KvCache make_kv_cache(const Tensor& k, const Tensor& v, const std::option
           make_scale(v_scale, v, op, "v_scale", k.size(0), k.size(1))};
 }
 
-inline SummaryMode check_summary_mode(const std::string& mode, const char* op) {
+// Of a summary that the operator makes.
+inline SummaryMode check_made_summary(const std::string& mode, const char* op) {
   if (mode == "minmax") return SummaryMode::kMinMax;
+  LIL_CHECK(mode != "representative", op, "summary_mode",
+            "'minmax' or 'meanstd' (which keys represent a page is for the policy to say)", "'representative'");
   LIL_CHECK(mode == "meanstd", op, "summary_mode", "'minmax' or 'meanstd'", "'" + mode + "'");
   return SummaryMode::kMeanStd;
 }
 
+// Of a summary that it reads.
+inline SummaryMode check_read_summary(const std::string& mode, const char* op) {
+  if (mode == "minmax") return SummaryMode::kMinMax;
+  if (mode == "meanstd") return SummaryMode::kMeanStd;
+  LIL_CHECK(mode == "representative", op, "summary_mode", "'minmax', 'meanstd' or 'representative'", "'" + mode + "'");
+  return SummaryMode::kRepresentative;
+}
+
+// -1 in num_pages and kv_heads accepts any.
 inline Summary make_summary(const Tensor& t, const Tensor& like, const char* op, int64_t num_pages, int64_t kv_heads,
                             int64_t head_dim, ScalarType dtype, SummaryMode mode) {
   const char* arg = "summary";
   check_device(t, like, op, arg);
   check_dtype(t, op, arg, dtype);
-  check_shape(t, op, arg, "[num_pages, kv_heads, 2, head_dim]", {num_pages, kv_heads, 2, head_dim});
+  if (mode == SummaryMode::kRepresentative) {
+    check_shape(t, op, arg, "[num_pages, kv_heads, r, head_dim]", {num_pages, kv_heads, -1, head_dim});
+  } else {
+    check_shape(t, op, arg, "[num_pages, kv_heads, 2, head_dim]", {num_pages, kv_heads, 2, head_dim});
+  }
+  const int64_t vectors = t.size(2);
+  LIL_CHECK(vectors >= 1 && vectors <= kMaxRepresentatives, op, arg,
+            text("1 to ", kMaxRepresentatives, " representative keys"), text(vectors));
   check_last_contiguous(t, op, arg);
-  LIL_CHECK(t.stride(2) == head_dim, op, arg, "its last two dimensions contiguous", text("stride ", t.stride(2)));
-  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), mode};
+  LIL_CHECK(vectors == 1 || t.stride(2) == head_dim, op, arg, "its last two dimensions contiguous",
+            text("stride ", t.stride(2)));
+  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), vectors, mode};
 }
 
 // The pages that were read, one list a (sequence, KV head), as select_pages gives them.

@@ -13,14 +13,14 @@ namespace lil {
 template <class Backend>
 ScorePagesParams score_pages_params(const char* op, const Tensor& q, const Tensor& summary, const Tensor& page_table,
                                     const Tensor& seq_lens, int64_t page_size, std::optional<double> scale,
-                                    const std::string& mode, const std::optional<Tensor>& k_scale) {
+                                    SummaryMode mode, const std::optional<Tensor>& k_scale) {
   check_shape(q, op, "q", "[batch, q_heads, head_dim]", {-1, -1, -1});
   const int64_t batch = q.size(0), q_heads = q.size(1), head_dim = q.size(2);
   const DType q_dtype = check_float_dtype(q, op, "q");
   check_head_dim(head_dim, op, "q");
   check_last_contiguous(q, op, "q");
   check_aligned(q, op, "q", Backend::kAlignment);
-  check_shape(summary, op, "summary", "[num_pages, kv_heads, 2, head_dim]", {-1, -1, 2, head_dim});
+  const Summary summaries = make_summary(summary, q, op, -1, -1, head_dim, summary.scalar_type(), mode);
   const int64_t num_pages = summary.size(0), kv_heads = summary.size(1);
   const DType summary_dtype = check_stored_dtype(summary, op, "summary");
   LIL_CHECK(kv_heads > 0 && q_heads > 0 && q_heads % kv_heads == 0, op, "q",
@@ -36,8 +36,7 @@ ScorePagesParams score_pages_params(const char* op, const Tensor& q, const Tenso
   params.q_stride_h = q.stride(1);
   params.q_dtype = q_dtype;
   params.summary_dtype = summary_dtype;
-  params.summary =
-      make_summary(summary, q, op, num_pages, kv_heads, head_dim, summary.scalar_type(), check_summary_mode(mode, op));
+  params.summary = summaries;
   params.k_scale = make_scale(k_scale, summary, op, "k_scale", num_pages, kv_heads);
   params.num_pages = num_pages;
   params.pages = make_page_table(page_table, q, op, batch, kv_heads, page_size);
@@ -55,8 +54,9 @@ template <class Backend>
 Tensor score_pages(const Tensor& q, const Tensor& summary, const Tensor& page_table, const Tensor& seq_lens,
                    int64_t page_size, std::optional<double> scale, const std::string& mode,
                    const std::optional<Tensor>& k_scale) {
-  ScorePagesParams params =
-      score_pages_params<Backend>("score_pages", q, summary, page_table, seq_lens, page_size, scale, mode, k_scale);
+  const char* op = "score_pages";
+  ScorePagesParams params = score_pages_params<Backend>(op, q, summary, page_table, seq_lens, page_size, scale,
+                                                        check_read_summary(mode, op), k_scale);
   Tensor scores =
       torch::stable::new_empty(q, {params.batch, params.kv_heads, params.pages.max_pages}, ScalarType::Float);
   params.scores = static_cast<float*>(scores.mutable_data_ptr());

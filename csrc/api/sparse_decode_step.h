@@ -61,8 +61,8 @@ std::tuple<Tensor, Tensor> sparse_decode_step(const Tensor& q, const Tensor& k, 
   const int64_t batch = params.attend.batch, max_pages = params.attend.table.max_pages;
   params.select = select_pages_params(op, q, batch, cache.kv_heads, max_pages, seq_lens, cache.page_size, budget, sink,
                                       recent, protected_lens);
-  params.score =
-      score_pages_params<Backend>(op, q, summary, page_table, seq_lens, cache.page_size, scale, mode, k_scale);
+  params.score = score_pages_params<Backend>(op, q, summary, page_table, seq_lens, cache.page_size, scale,
+                                             check_made_summary(mode, op), k_scale);
   if (loss) check_dense(*loss, q, op, "loss", "[batch, q_heads]", {batch, q.size(1)}, ScalarType::Float);
   params.append = append_kv_params<Backend>(op, k_cache, v_cache, summaries, k, v, page_table, seq_lens, std::nullopt,
                                             mode, k_scale, v_scale);

@@ -1,6 +1,7 @@
 #include "cuda/backend.h"
 #include "cuda/score_pages.cuh"
 #include "cuda/score_pages_launch.h"
+#include "cuda/score_representatives.cuh"
 
 namespace lil::cuda {
 namespace {
@@ -10,6 +11,15 @@ void start(const ScorePagesParams& p, const AppendKvParams& append, size_t share
   const ScoreGrid grid(p, append.k != nullptr);
   allow_shared<Kernel>(shared);
   launch(Kernel, grid.blocks, kScoreThreads, shared, 1, p, append, grid.tiles_per_warp, error_word());
+}
+
+void score_representatives(const ScorePagesParams& p, const Tensor& on) {
+  const Launch launch(on);
+  const ScoreGrid grid(p, false, kRepresentativeTile);
+  const size_t shared = p.summary.vectors * p.head_dim * sizeof(float);  // 16 KB at most
+  with_dtype(p.summary_dtype, [&]<class T>(const T*) {
+    launch(score_pages_representative<T>, grid.blocks, kScoreThreads, shared, 1, p, grid.tiles_per_warp, error_word());
+  });
 }
 
 }  // namespace
@@ -35,7 +45,8 @@ void append_and_score(const AppendKvParams& append, const ScorePagesParams& p, c
 }
 
 void score_pages(const ScorePagesParams& p, const Tensor& on) {
-  if (p.pages.max_pages > 0) append_and_score({}, p, on);
+  if (p.pages.max_pages == 0) return;
+  p.summary.mode == SummaryMode::kRepresentative ? score_representatives(p, on) : append_and_score({}, p, on);
 }
 
 }  // namespace lil::cuda

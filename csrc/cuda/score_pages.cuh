@@ -22,9 +22,9 @@ struct ScoreGrid {
   dim3 blocks;
 
   // `append`: the first block of each head appends a token instead (sparse_decode_step).
-  ScoreGrid(const ScorePagesParams& p, bool append) {
-    constexpr int64_t kBlockPages = kScoreThreads / 32 * kScoreTile;
-    const int64_t blocks_per_head = (p.pages.max_pages + kBlockPages - 1) / kBlockPages;
+  ScoreGrid(const ScorePagesParams& p, bool append, int tile = kScoreTile) {
+    const int64_t block_pages = kScoreThreads / 32 * tile;
+    const int64_t blocks_per_head = (p.pages.max_pages + block_pages - 1) / block_pages;
     // Enough blocks to fill the device several times over; beyond that a block takes more than one turn.
     const int64_t wanted = 8 * current_device().sms, all = blocks_per_head * p.kv_heads * p.batch;
     tiles_per_warp = static_cast<int>(std::clamp<int64_t>(all / wanted, 1, std::clamp<int64_t>(blocks_per_head, 1, 8)));

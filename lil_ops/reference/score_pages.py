@@ -9,7 +9,7 @@ from lil_ops.reference._pages import num_pages, page_scale, physical_page
 
 def score_pages(q, summary, page_table, seq_lens, page_size, *, scale=None, summary_mode="minmax", k_scale=None):
     """See `lil_ops.score_pages`; float64 result."""
-    assert summary_mode in ("minmax", "meanstd")
+    assert summary_mode in ("minmax", "meanstd", "representative")
     batch, q_heads, head_dim = q.shape
     kv_heads = summary.size(1)
     scale = head_dim**-0.5 if scale is None else scale
@@ -22,7 +22,11 @@ def score_pages(q, summary, page_table, seq_lens, page_size, *, scale=None, summ
                 if physical < 0:
                     continue
                 unit = scale * float(page_scale(k_scale, physical, h))
-                first, second = summary[physical, h].double()
+                vectors = summary[physical, h].double()
+                if summary_mode == "representative":
+                    scores[b, h, page] = unit * (queries[b, h] @ vectors.T).mean()
+                    continue
+                first, second = vectors
                 if summary_mode == "minmax":
                     heads = unit * torch.maximum(queries[b, h] * first, queries[b, h] * second).sum(-1)
                 else:

@@ -2,6 +2,8 @@
 // [min(q, 0), max(q, 0)] with the page's [min, max].
 // meanstd: were the keys' elements normal and independent, the mean of exp(q . k) over them would be
 // exp(q . mean + 1/2 sum_d q_d^2 std_d^2). Those are two dot products, one with squares.
+// representative: the mean of q . k over a group's heads and a page's r keys is one dot product of the page's row, its
+// keys one after another, with the heads' mean query, r times over.
 #include "cpu/kernels/dot.h"
 #include "cpu/kernels/table.h"
 
@@ -76,9 +78,27 @@ void score_meanstd(const float* queries, int64_t heads, int64_t head_dim, const 
 }
 
 template <class T>
+void score_representatives(const ScorePagesParams& p, const BlockRows<T>& block, const BlockRows<T>& next,
+                           float* scores) {
+  const int64_t length = p.summary.vectors * p.head_dim;
+  const float unit = p.scale / static_cast<float>(p.group * p.summary.vectors);
+  float query[kMaxRepresentatives * kMaxHeadDim], head[kMaxHeadDim], out[kScoreBlock];
+  for (int64_t d = 0; d < p.head_dim; d += Vec::N) Vec::zero().store(query + d);
+  for (int64_t g = 0; g < p.group; ++g) {
+    load_queries(p.q, p.q_dtype, block.b * p.q_stride_b + (block.h * p.group + g) * p.q_stride_h, p.q_stride_h, 1,
+                 p.head_dim, unit, head);
+    for (int64_t d = 0; d < p.head_dim; d += Vec::N) (Vec::load(query + d) + Vec::load(head + d)).store(query + d);
+  }
+  for (int64_t d = p.head_dim; d < length; d += Vec::N) Vec::load(query + d - p.head_dim).store(query + d);
+  dots(block.rows, block.count, query, 1, length, out, kScoreBlock, Ahead<T>{next.rows, next.count});
+  for (int64_t t = 0; t < block.count; ++t) scores[block.where[t]] = out[t] * block.k_scale[t];
+}
+
+template <class T>
 void score_block(const ScorePagesParams& p, const BlockRows<T>& block, const BlockRows<T>& next) {
   float* const scores = p.scores + (block.b * p.kv_heads + block.h) * p.pages.max_pages;
   for (int64_t page = block.first; page < block.last; ++page) scores[page] = -INFINITY;
+  if (p.summary.mode == SummaryMode::kRepresentative) return score_representatives(p, block, next, scores);
   const auto score = p.summary.mode == SummaryMode::kMeanStd ? score_meanstd<T> : score_minmax<T>;
   float queries[Vec::kHeadTile * kMaxHeadDim], out[Vec::kHeadTile * kScoreBlock] = {}, best[kScoreBlock];
   for (float& x : best) x = -INFINITY;
