@@ -120,26 +120,30 @@ class Policy:
         """
         self._set_budgets(len(cache.k), cache.max_tokens)
         size = 1 if self.by_tokens else cache.page_size
-        budget = min(self.budgets, default=0)
-        recent_pages = (self.recent + size - 2) // size + 1
-        least = size * (-(-self.sink // size) + recent_pages)
         what = "the tokens" if self.by_tokens else f"the pages of size {size}"
-        if budget < least:
-            raise ValueError(
-                f"policy {self.name}: budget: expected at least {least} tokens ({what} that sink {self.sink} and "
-                f"recent {self.recent} can touch), got {budget}"
-            )
         longest = max(prompt_lens, default=0)
-        least = size * (-(-longest // size) + recent_pages)
-        if self.protect_prompt and budget < least:
-            raise ValueError(
-                f"policy {self.name}: budget: expected at least {least} tokens to protect a prompt of {longest} and "
-                f"read {what} that recent {self.recent} can touch, got {budget}"
-            )
+        for budget, recent in sorted({(self.budget_of(i), self.recent_of(i)) for i in range(len(cache.k))}):
+            recent_pages = (recent + size - 2) // size + 1
+            least = size * (-(-self.sink // size) + recent_pages)
+            if budget < least:
+                raise ValueError(
+                    f"policy {self.name}: budget: expected at least {least} tokens ({what} that sink {self.sink} and "
+                    f"recent {recent} can touch), got {budget}"
+                )
+            least = size * (-(-longest // size) + recent_pages)
+            if self.protect_prompt and budget < least:
+                raise ValueError(
+                    f"policy {self.name}: budget: expected at least {least} tokens to protect a prompt of {longest} "
+                    f"and read {what} that recent {recent} can touch, got {budget}"
+                )
 
     def budget_of(self, layer: int) -> int:
         """Tokens that a KV head of this layer may read; known once the cache is made."""
         return self.budgets[layer if isinstance(self.budget, Sequence) else 0]
+
+    def recent_of(self, layer: int) -> int:
+        """``recent`` of this layer."""
+        return self.recent
 
     def protected_lens(self, cache: PagedKVCache, layer: int) -> torch.Tensor | None:
         """What `ops.select_pages` and `ops.evict_pages` take under this name."""

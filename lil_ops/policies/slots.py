@@ -37,10 +37,6 @@ class TokenSlots(Policy):
             self.held.append(torch.full(shape, -1, dtype=torch.int32, device=cache.device))
             self.priority.append(torch.zeros(shape, device=cache.device))
 
-    def recent_of(self, layer: int) -> int:
-        """``recent`` of this layer."""
-        return self.recent
-
     def held_positions(self, layer: int) -> torch.Tensor:
         """``[batch, kv_heads, slots]`` int32: the position of the token in each slot, -1: free."""
         return self.held[layer]
