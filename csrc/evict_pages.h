@@ -27,11 +27,11 @@ class Eviction {
 
   // Free slots come first, then pages by their priority, then protected ones, of which the last goes first.
   LIL_HOST_DEVICE uint64_t key(int32_t page, float priority) const {
-    if (page == newest_) return kHeld;
-    if (page < 0) return join(kFree, 0);
-    if (page >= first_recent_) return kRecent;
-    if (page < protected_pages_) return join(kProtected, ~page);
-    return join(rank(priority), page);
+    const bool kept = page < protected_pages_;
+    uint64_t key = join(kept ? kProtected : rank(priority), kept ? ~page : page);
+    if (page >= first_recent_) key = kRecent;
+    if (page < 0) key = join(kFree, 0);
+    return page == newest_ ? kHeld : key;
   }
 
   // Puts the newest page into the slot with the least key; returns the slot, or -1 where nothing was to do. (All are
@@ -61,9 +61,8 @@ class Eviction {
 
   // In the order of the numbers; -0 equals 0, NaN comes last.
   LIL_HOST_DEVICE static uint32_t rank(float priority) {
-    const uint32_t bits = std::bit_cast<uint32_t>(priority + 0.0f);
-    if (priority != priority) return kNan;
-    return bits >> 31 ? ~bits : bits | 1u << 31;
+    const uint32_t bits = std::bit_cast<uint32_t>(priority + 0.0f), sign = bits >> 31;
+    return priority != priority ? kNan : bits ^ (-sign | 1u << 31);
   }
 };
 

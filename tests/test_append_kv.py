@@ -245,7 +245,7 @@ def test_a_bad_slot_stays_in_its_head(device):
     cache, untouched = (paged(device, [20, 5]) for _ in range(2))
     k, v = new_tokens(2, cache)
     slots = torch.tensor([[3, 20], [-2, 0]], dtype=torch.int32, device=device)
-    with pytest.raises(RuntimeError, match="lil::append_kv: slots: expected -1 or a slot from 0 to (19|4) for"):
+    with pytest.raises(RuntimeError, match=r"lil::append_kv: slots: expected -1 or a slot from 0 to (19|4) for"):
         lil_ops.append_kv(cache.k, cache.v, cache.summary, k, v, cache.page_table, cache.seq_lens, slots=slots)
         lil_ops.check_errors()
     good = torch.tensor([[True, False], [False, True]], device=device)

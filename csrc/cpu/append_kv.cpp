@@ -25,8 +25,8 @@ void append_kv(const AppendKvParams& p, const Tensor&) {
       const int64_t page = begin / page_size, start = page * page_size;
       check_physical_page(op, p.pages, b, h, page, p.cache.num_pages);
       items.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h), static_cast<int32_t>(page),
-                       static_cast<int32_t>(begin - start), static_cast<int32_t>(end - start), token,
-                       static_cast<int32_t>(std::min(page_size, length - start))});
+                       static_cast<int32_t>(begin - start), static_cast<int32_t>(end - start),
+                       static_cast<int32_t>(std::min(page_size, length - start)), token});
     };
     if (p.slots) {
       for (int64_t h = 0; h < kv_heads; ++h) {

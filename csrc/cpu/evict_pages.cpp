@@ -35,7 +35,7 @@ void evict_pages(const EvictPagesParams& p, const Tensor&) {
                 text("-1 or a page from 0 to ", newest, " for sequence ", b, ", KV head ", i / p.capacity), text(page));
     }
   }
-  constexpr int64_t kGrain = 64;  // a head's slots are a microsecond at most
+  constexpr int64_t kGrain = 16;  // a head of some hundred slots is a microsecond
   torch::stable::parallel_for(0, p.batch * p.kv_heads, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) p.slots[i] = evict_page_of(p, i / p.kv_heads, i % p.kv_heads);
   });

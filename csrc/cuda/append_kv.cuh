@@ -90,7 +90,11 @@ __device__ void append_token(const AppendKvParams& p, int32_t row, int32_t b, in
   if (finding.wrong != Wrong::kNothing) return;
   finding.note(last - first > length, Wrong::kSeqLensShort, length, last - first);
   if (last - first > length) return;
-  const int32_t start = length - (last - first), position = start + row - first;
+  const int32_t given = p.slots ? p.slots[b * p.cache.kv_heads + h] : -1;
+  const bool bad = given < -1 || given >= length;
+  finding.note(bad, Wrong::kSlots, given, length - 1);
+  if (bad) return;
+  const int32_t start = given >= 0 ? given : length - (last - first), position = start + row - first;
   const int32_t slot = page_size.slot(position);
   const int64_t physical = checked_page(finding, p.pages, b, h, page_size.page(position), p.cache.num_pages);
   finding.note(physical < 0, Wrong::kPageTable, -1, p.cache.num_pages - 1);  // here it must be mapped
@@ -119,12 +123,17 @@ __device__ void append_token(const AppendKvParams& p, int32_t row, int32_t b, in
     if (!closes) continue;
     SummaryBuilder<T> builder(p.summary.mode, key);
     constexpr int kBatch = 8;  // rows asked for before any is looked at
-    const int32_t old = slot - in_page;
+    // Old slots lie before this call's, and behind the one that is given.
+    const int32_t before = slot - in_page, valid = min(page_size.first(1), length - (position - slot));
+    const int32_t old = valid - in_page - 1;
 #pragma unroll 1
     for (int32_t first_slot = 0; first_slot < old; first_slot += kBatch) {
       Vector batch[kBatch];
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) batch[j] = first_slot + j < old ? old_key(first_slot + j) : key;
+      for (int j = 0; j < kBatch; ++j) {
+        const int32_t s = first_slot + j;
+        batch[j] = s < old ? old_key(s < before ? s : s + in_page + 1) : key;
+      }
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         if (first_slot + j < old) builder.add(batch[j]);

@@ -14,6 +14,7 @@ void select_pages(const SelectPagesParams&, const Tensor& on);
 void sparse_decode(const SparseDecodeParams&, const Tensor& on);
 void information_loss(const InformationLossParams&, const Tensor& on);
 void sparse_decode_step(const SparseDecodeStepParams&, const Tensor& on);
+void evict_pages(const EvictPagesParams&, const Tensor& on);
 void guardian_check(const GuardianCheckParams&, const Tensor& on);
 
 struct Backend {
@@ -25,6 +26,7 @@ struct Backend {
   static constexpr auto sparse_decode = &cuda::sparse_decode;
   static constexpr auto information_loss = &cuda::information_loss;
   static constexpr auto sparse_decode_step = &cuda::sparse_decode_step;
+  static constexpr auto evict_pages = &cuda::evict_pages;
   static constexpr auto guardian_check = &cuda::guardian_check;
 };
 

@@ -16,12 +16,12 @@ __device__ ErrorWord word;
 std::atomic<ErrorWord*> words[kMaxDevices];
 
 std::string message(const ErrorWord& e) {
-  static constexpr const char* kOps[] = {"append_kv", "score_pages", "select_pages", "sparse_decode",
-                                         "information_loss"};
+  static constexpr const char* kOps[] = {"append_kv",     "score_pages",      "select_pages",
+                                         "sparse_decode", "information_loss", "evict_pages"};
   const auto expected = [&]() -> std::string {
     switch (e.wrong) {
       case Wrong::kSeqLens:
-        return text("seq_lens: expected 0 to ", e.limit, " tokens (max_pages * page_size) for");
+        return text("seq_lens: expected ", lengths_text(e.limit), " for");
       case Wrong::kSeqLensShort:
         return text("seq_lens: expected at least the ", e.limit, " tokens added to");
       case Wrong::kCuSeqlens:
@@ -32,6 +32,12 @@ std::string message(const ErrorWord& e) {
         return text("pages: expected -1 or a page from 0 to ", e.limit, " for");
       case Wrong::kCounts:
         return text("counts: expected 0 to ", e.limit, " pages for");
+      case Wrong::kSlots:
+        return text("slots: expected -1 or a slot from 0 to ", e.limit, " for");
+      case Wrong::kHeld:
+        return text("held: expected -1 or a page from 0 to ", e.limit, " for");
+      case Wrong::kSlotPages:
+        return "slot_pages: expected a page for each slot of";
       default:
         return "";
     }

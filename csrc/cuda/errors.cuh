@@ -6,9 +6,20 @@
 
 namespace lil::cuda {
 
-enum class Op : int32_t { kAppendKv, kScorePages, kSelectPages, kSparseDecode, kInformationLoss };
+enum class Op : int32_t { kAppendKv, kScorePages, kSelectPages, kSparseDecode, kInformationLoss, kEvictPages };
 
-enum class Wrong : int32_t { kNothing, kSeqLens, kSeqLensShort, kCuSeqlens, kPageTable, kPages, kCounts };
+enum class Wrong : int32_t {
+  kNothing,
+  kSeqLens,
+  kSeqLensShort,
+  kCuSeqlens,
+  kPageTable,
+  kPages,
+  kCounts,
+  kSlots,
+  kHeld,
+  kSlotPages
+};
 
 struct ErrorWord {
   Wrong wrong;

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "api/append_kv.h"
+#include "api/evict_pages.h"
 #include "api/guardian_check.h"
 #include "api/information_loss.h"
 #include "api/score_pages.h"
@@ -18,5 +19,6 @@ STABLE_TORCH_LIBRARY_IMPL(lil, CUDA, m) {
   m.impl("sparse_decode", TORCH_BOX(&lil::sparse_decode<Backend>));
   m.impl("information_loss", TORCH_BOX(&lil::information_loss<Backend>));
   m.impl("sparse_decode_step", TORCH_BOX(&lil::sparse_decode_step<Backend>));
+  m.impl("evict_pages", TORCH_BOX(&lil::evict_pages<Backend>));
   m.impl("guardian_check", TORCH_BOX(&lil::guardian_check<Backend>));
 }

@@ -28,8 +28,8 @@ struct Partials {
 struct AppendItem {
   int32_t b, h, page;      // logical page
   int32_t begin, end;      // slots of the page that receive tokens
-  int64_t first_token;     // row of k and v that goes to `begin`
   int32_t tokens_in_page;  // valid slots after the append
+  int64_t first_token;     // row of k and v that goes to `begin`
 };
 
 struct Kernels {
