@@ -6,9 +6,28 @@
 
 namespace lil::cuda {
 
-enum class Op : int32_t { kAppendKv, kScorePages, kSelectPages, kSparseDecode, kInformationLoss };
+enum class Op : int32_t {
+  kAppendKv,
+  kScorePages,
+  kSelectPages,
+  kSparseDecode,
+  kInformationLoss,
+  kCompactKv,
+  kKeyRedundancy
+};
 
-enum class Wrong : int32_t { kNothing, kSeqLens, kSeqLensShort, kCuSeqlens, kPageTable, kPages, kCounts };
+enum class Wrong : int32_t {
+  kNothing,
+  kSeqLens,
+  kSeqLensShort,
+  kCuSeqlens,
+  kPageTable,
+  kPages,
+  kCounts,
+  kKeep,
+  kKeepCounts,
+  kPositions
+};
 
 struct ErrorWord {
   Wrong wrong;
