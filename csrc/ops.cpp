@@ -3,9 +3,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include "api/append_kv.h"
+#include "api/compact_kv.h"
 #include "api/evict_pages.h"
 #include "api/guardian_check.h"
 #include "api/information_loss.h"
+#include "api/key_redundancy.h"
 #include "api/lz77_append.h"
 #include "api/score_pages.h"
 #include "api/select_pages.h"
@@ -46,6 +48,12 @@ STABLE_TORCH_LIBRARY(lil, m) {
   m.def(
       "evict_pages(Tensor(a!) held, Tensor priority, Tensor seq_lens, int page_size, *, int sink=0, int recent=1, "
       "Tensor? protected_lens=None, Tensor(b!)? page_table=None, Tensor? slot_pages=None) -> Tensor slots");
+  // Moves the kept slots of each head to the front of its pages, in place.
+  m.def("compact_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor page_table, Tensor keep, Tensor counts) -> ()");
+  // How much like the others each cached key is: R-KV's redundancy, without a matrix of all pairs.
+  m.def(
+      "key_redundancy(Tensor k_cache, Tensor page_table, Tensor seq_lens, *, float threshold=0.5, "
+      "Tensor? positions=None) -> Tensor");
   // Feeds new tokens to each sequence's LZ77 parse; returns its size in phrases and in bits.
   m.def(
       "lz77_append(Tensor(a!) state, Tensor tokens, Tensor? counts, int vocab_size) -> (Tensor phrases, Tensor bits)");
@@ -64,6 +72,8 @@ STABLE_TORCH_LIBRARY_IMPL(lil, CPU, m) {
   m.impl("information_loss", TORCH_BOX(&lil::information_loss<Backend>));
   m.impl("sparse_decode_step", TORCH_BOX(&lil::sparse_decode_step<Backend>));
   m.impl("evict_pages", TORCH_BOX(&lil::evict_pages<Backend>));
+  m.impl("compact_kv", TORCH_BOX(&lil::compact_kv<Backend>));
+  m.impl("key_redundancy", TORCH_BOX(&lil::key_redundancy<Backend>));
   m.impl("lz77_append", TORCH_BOX(&lil::lz77_append<Backend>));
   m.impl("guardian_check", TORCH_BOX(&lil::guardian_check<Backend>));
 }

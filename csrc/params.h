@@ -155,6 +155,32 @@ struct EvictPagesParams {
   int32_t* slots;  // [batch, kv_heads]
 };
 
+// Slot keep[b, h, i] of a head moves to slot i, for the first counts[b] entries.
+struct CompactKvParams {
+  KvCache cache;
+  int64_t element_size;  // bytes
+  PageTable table;
+  const int32_t* keep;  // [batch, kv_heads, capacity], last dimension contiguous
+  int64_t keep_stride_b, keep_stride_h;
+  const int32_t* counts;  // [batch]
+  int64_t batch, capacity;
+};
+
+struct KeyRedundancyParams {
+  KvCache cache;  // its keys; v is k again
+  PageTable table;
+  const int32_t* seq_lens;
+  const int32_t* positions;  // [batch, kv_heads, positions_capacity], last dimension contiguous, or null: the slots
+  int64_t positions_stride_b, positions_stride_h, positions_capacity;
+  int64_t batch, slots;  // slots: max_pages * page_size
+  float threshold;
+  float* redundancy;  // [batch, kv_heads, slots], contiguous
+
+  constexpr int32_t position(int64_t b, int64_t h, int64_t slot) const {
+    return positions ? positions[b * positions_stride_b + h * positions_stride_h + slot] : static_cast<int32_t>(slot);
+  }
+};
+
 struct Lz77AppendParams {
   int32_t* state;  // [batch, state_size], contiguous
   int64_t state_size;

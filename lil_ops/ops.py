@@ -403,6 +403,74 @@ def evict_pages(
     )
 
 
+def compact_kv(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    keep: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    """Move the kept slots of each KV head to the front of its sequence's pages, in place, in their order.
+
+    A slot is a place of a sequence: page ``slot // page_size`` of its table. It moves bytes: stored values stay as they
+    are, so float8 pages between which a slot moves must share their scales (``[kv_heads]``, or None). Summaries are not
+    renewed. What lies behind the kept slots stays, and means nothing any more; pages can be given back.
+
+    Args:
+        k_cache, v_cache: as in `append_kv`; written. page_table: see the module. No two sequences may share a page.
+        keep: ``[batch, kv_heads, capacity]`` int32, last dimension contiguous: the slots to keep, strictly ascending.
+        counts: ``[batch]`` int32, how many of them count, the same for all heads; what lies behind is not looked at. 0
+            leaves the sequence alone.
+
+    Also RuntimeError, and nothing was written: a count out of range; slots that do not ascend or lie past the table; a
+    slot of a page that is not mapped. On CUDA such a head is left alone.
+
+    Equivalent PyTorch, for KV head h of sequence b::
+
+        slots = keep[b, h, : counts[b]]
+        page, slot = page_table[b, slots // page_size], slots % page_size
+        to_page, to_slot = page_table[b, arange(counts[b]) // page_size], arange(counts[b]) % page_size
+        k_cache[to_page, h, to_slot] = k_cache[page, h, slot]     # v likewise
+    """
+    _lil.compact_kv(k_cache, v_cache, page_table, keep, counts)
+
+
+def key_redundancy(
+    k_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    threshold: float = 0.5,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How much each cached key is like the others of its head: R-KV's redundancy (Cai et al., arXiv 2505.24133).
+
+    Its mean cosine with the keys of the head, where each key leaves out its latest similar one: the newest of a group
+    of similar keys does not look redundant. As in the authors' code (without its softmax), a cosine below the threshold
+    counts too, and a key that has no similar one leaves out the earliest key. No matrix of all pairs is kept.
+
+    Args:
+        k_cache: as in `append_kv`. Scales do not matter to a cosine. page_table, seq_lens: see the module; here every
+            page of a sequence must be mapped.
+        threshold: -1 to 1; keys with a larger cosine are similar.
+        positions: ``[batch, kv_heads, capacity]`` int32, last dimension contiguous: the position, at least 0, of the
+            token in each slot, all different; says what is late. None: slots are in the order of positions.
+
+    Returns:
+        ``[batch, kv_heads, max_pages * page_size]`` float32; 0 past the end of a sequence.
+
+    Equivalent PyTorch, for one head of n keys in the order of positions::
+
+        unit = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
+        cosine = (unit @ unit.T).fill_diagonal_(0)
+        for i in range(n):
+            similar = (cosine[i] > threshold).nonzero()
+            cosine[i, similar[-1] if len(similar) else 0] = 0
+        redundancy = cosine.mean(0)
+    """
+    return _lil.key_redundancy(k_cache, page_table, seq_lens, threshold=threshold, positions=positions)
+
+
 def lz77_state(batch: int, capacity: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """An empty parse for each of ``batch`` sequences of up to ``capacity`` tokens (1 to 16777216), for `lz77_append`.
 
@@ -520,6 +588,17 @@ def _(q, *args, **options):
 @torch.library.register_fake("lil::evict_pages")
 def _(held, *args, **options):
     return held.new_empty(held.shape[:2])
+
+
+@torch.library.register_fake("lil::compact_kv")
+def _(k_cache, v_cache, page_table, keep, counts):
+    return None
+
+
+@torch.library.register_fake("lil::key_redundancy")
+def _(k_cache, page_table, seq_lens, *, threshold=0.5, positions=None):
+    slots = page_table.size(-1) * k_cache.size(2)
+    return k_cache.new_empty((seq_lens.size(0), k_cache.size(1), slots), dtype=torch.float32)
 
 
 @torch.library.register_fake("lil::lz77_append")

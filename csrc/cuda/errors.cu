@@ -16,8 +16,8 @@ __device__ ErrorWord word;
 std::atomic<ErrorWord*> words[kMaxDevices];
 
 std::string message(const ErrorWord& e) {
-  static constexpr const char* kOps[] = {"append_kv",     "score_pages",      "select_pages",
-                                         "sparse_decode", "information_loss", "evict_pages"};
+  static constexpr const char* kOps[] = {"append_kv",        "score_pages", "select_pages", "sparse_decode",
+                                         "information_loss", "evict_pages", "compact_kv",   "key_redundancy"};
   const auto expected = [&]() -> std::string {
     switch (e.wrong) {
       case Wrong::kSeqLens:
@@ -38,6 +38,12 @@ std::string message(const ErrorWord& e) {
         return text("held: expected -1 or a page from 0 to ", e.limit, " for");
       case Wrong::kSlotPages:
         return "slot_pages: expected a page for each slot of";
+      case Wrong::kKeep:
+        return text("keep: expected ascending slots below ", e.limit, " for");
+      case Wrong::kKeepCounts:
+        return text("counts: expected 0 to ", e.limit, " slots for");
+      case Wrong::kPositions:
+        return text("positions: expected at least ", e.limit, " for");
       default:
         return "";
     }

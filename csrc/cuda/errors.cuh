@@ -6,7 +6,16 @@
 
 namespace lil::cuda {
 
-enum class Op : int32_t { kAppendKv, kScorePages, kSelectPages, kSparseDecode, kInformationLoss, kEvictPages };
+enum class Op : int32_t {
+  kAppendKv,
+  kScorePages,
+  kSelectPages,
+  kSparseDecode,
+  kInformationLoss,
+  kEvictPages,
+  kCompactKv,
+  kKeyRedundancy
+};
 
 enum class Wrong : int32_t {
   kNothing,
@@ -18,7 +27,10 @@ enum class Wrong : int32_t {
   kCounts,
   kSlots,
   kHeld,
-  kSlotPages
+  kSlotPages,
+  kKeep,
+  kKeepCounts,
+  kPositions
 };
 
 struct ErrorWord {

@@ -6,9 +6,11 @@ here and return the new values.
 """
 
 from lil_ops.reference.append_kv import append_kv
+from lil_ops.reference.compact_kv import compact_kv
 from lil_ops.reference.evict_pages import evict_pages
 from lil_ops.reference.guardian_check import guardian_check
 from lil_ops.reference.information_loss import information_loss
+from lil_ops.reference.key_redundancy import key_redundancy
 from lil_ops.reference.lz77_append import lz77_sizes
 from lil_ops.reference.score_pages import score_pages
 from lil_ops.reference.select_pages import select_pages
@@ -18,9 +20,11 @@ from lil_ops.reference.sparse_decode_step import sparse_decode_step
 __all__ = [
     "append_kv",
     "attention_mass",
+    "compact_kv",
     "evict_pages",
     "guardian_check",
     "information_loss",
+    "key_redundancy",
     "lz77_sizes",
     "score_pages",
     "select_pages",

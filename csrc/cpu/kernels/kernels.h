@@ -32,6 +32,12 @@ struct AppendItem {
   int64_t first_token;     // row of k and v that goes to `begin`
 };
 
+// The entry that a row of the matrix of cosines leaves out.
+struct Dropped {
+  int32_t slot;
+  float cosine;
+};
+
 struct Kernels {
   const char* name;
   void (*append_kv)(const AppendKvParams&, const AppendItem*, int64_t begin, int64_t end);
@@ -43,10 +49,18 @@ struct Kernels {
                          int64_t begin, int64_t end);
   // Over batch x kv_heads; `scratch` is the thread's own, max_pages + kLossPadding.
   void (*information_loss)(const InformationLossParams&, float* scratch, int64_t begin, int64_t end);
+  // Over batch x kv_heads x blocks of kRedundancyRows slots. What each row drops goes to `dropped` [batch, kv_heads,
+  // slots]; `scratch` is the thread's own, kRedundancyScratch.
+  void (*redundancy_rows)(const KeyRedundancyParams&, Dropped* dropped, float* scratch, int64_t begin, int64_t end);
 };
 
 // Pages that one item of score_pages covers.
 constexpr int64_t kScoreBlock = 64;
+
+// Keys that one item of redundancy_rows covers, and those that it compares them with at a time; together they stay in
+// L1 for the usual shapes.
+constexpr int64_t kRedundancyRows = 32, kRedundancyKeys = 64;
+constexpr int64_t kRedundancyScratch = kRedundancyRows * (256 + kRedundancyKeys);
 
 // Up to a whole vector of any instruction set.
 constexpr int64_t kLossPadding = 16;

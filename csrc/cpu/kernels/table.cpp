@@ -6,7 +6,7 @@
 namespace lil::cpu::LIL_ISA {
 
 extern const Kernels kKernels;
-const Kernels kKernels{LIL_STRING(LIL_ISA), append_kv,      score_pages,     select_pages,
-                       attend_chunks,       combine_chunks, information_loss};
+const Kernels kKernels{LIL_STRING(LIL_ISA), append_kv,      score_pages,      select_pages,
+                       attend_chunks,       combine_chunks, information_loss, redundancy_rows};
 
 }  // namespace lil::cpu::LIL_ISA
