@@ -26,7 +26,8 @@ enum class Wrong : int32_t {
   kCounts,
   kKeep,
   kKeepCounts,
-  kPositions
+  kPositions,
+  kPositionsShort
 };
 
 struct ErrorWord {
