@@ -1,7 +1,7 @@
 import pytest
 import torch
-from cases import DTYPES, FLOAT8, HEAD_DIMS, OPCHECKS_OF_FLOAT8, PAGE_SIZES, paged, relative_error
-from hypothesis import given, settings
+from cases import DTYPES, FLOAT8, HEAD_DIMS, OPCHECKS_OF_FLOAT8, PAGE_SIZES, paged
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import lil_ops
@@ -45,7 +45,9 @@ def check(cache, **options):
     lil_ops.check_errors()
     expected = reference.key_redundancy(*tables, **options)
     assert actual.dtype == torch.float32 and actual.shape == expected.shape
-    assert relative_error(actual, expected) < 1e-5
+    # A difference of sums of cosines, which may be nothing: the norm counts as that of tenths at least.
+    norm = max(expected.norm().item(), 0.1 * (int(cache.seq_lens.sum()) * expected.size(1)) ** 0.5)
+    assert (actual - expected).norm().item() <= 1e-5 * norm
     for b, n in enumerate(cache.seq_lens.tolist()):
         assert (actual[b, :, n:] == 0).all()
     return actual
@@ -70,6 +72,18 @@ def test_dtypes_and_head_dims(device, dtype, head_dim):
 
 
 @settings(max_examples=50, deadline=None)
+@example(
+    lengths=[2],
+    page_size=8,
+    kv_heads=1,
+    dtype=torch.float32,
+    per_head=False,
+    nhd=False,
+    centres=1,
+    near=0.5,
+    with_positions=False,
+    seed=4,
+)  # each key drops the other: nothing is left
 @given(
     lengths=st.lists(st.integers(0, 150), min_size=1, max_size=3),
     page_size=st.sampled_from(PAGE_SIZES),

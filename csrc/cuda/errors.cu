@@ -44,6 +44,8 @@ std::string message(const ErrorWord& e) {
         return text("counts: expected 0 to ", e.limit, " slots for");
       case Wrong::kPositions:
         return text("positions: expected at least ", e.limit, " for");
+      case Wrong::kPositionsShort:
+        return text("positions: expected a capacity of at least ", e.limit, " for");
       default:
         return "";
     }

@@ -30,7 +30,8 @@ enum class Wrong : int32_t {
   kSlotPages,
   kKeep,
   kKeepCounts,
-  kPositions
+  kPositions,
+  kPositionsShort
 };
 
 struct ErrorWord {

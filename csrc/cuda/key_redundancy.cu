@@ -54,7 +54,10 @@ __device__ void stage(Chunk& chunk, float4 x) {
 }
 
 __device__ int32_t checked_tokens(const KeyRedundancyParams& p, int32_t b, Finding& finding) {
-  return checked_length(finding, p.seq_lens, b, min(p.slots, p.positions_capacity));
+  const int32_t length = checked_length(finding, p.seq_lens, b, p.slots);
+  const bool bad = length > p.positions_capacity;
+  finding.note(bad, Wrong::kPositionsShort, static_cast<int32_t>(p.positions_capacity), length);
+  return bad ? 0 : length;
 }
 
 template <class T>

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 
 def policies() -> None:
-    """List the policies: rule, source and options."""
+    """List the policies: rule, memory, source and options."""
     from rich.console import Console
     from rich.table import Table
 
     from lil_ops.policies import POLICIES, options_of
 
-    table = Table("policy", "a step reads", "source", "options", box=None, header_style="bold")
+    table = Table("policy", "a step reads", "memory", "source", "options", box=None, header_style="bold")
     for name, policy in POLICIES.items():
-        table.add_row(name, policy.rule, policy.source, ", ".join(options_of(policy)) or "none")
+        table.add_row(name, policy.rule, policy.memory, policy.source, ", ".join(options_of(policy)) or "none")
     Console().print(table)
