@@ -362,14 +362,12 @@ RULES = {
 
 
 class Trace(NamedTuple):
-    """One sequence's run: ``logits [steps, vocab]``, of which the first are the prompt's; the rest by layer.
+    """One sequence's run: ``logits [steps, vocab]``, of which the first are the prompt's.
 
-    ``kept`` is what was left of the prompt, ``[kv_heads, P]`` (None where nothing is evicted), ``reads`` a mask
-    ``[kv_heads, n]`` for each decode step, ``closest`` as in `Rule`.
+    ``reads[layer]`` has a mask ``[kv_heads, n]`` for each decode step; ``closest`` is as in `Rule`.
     """
 
     logits: torch.Tensor
-    kept: list[torch.Tensor | None]
     reads: list[list[torch.Tensor]]
     closest: float
 
@@ -379,14 +377,14 @@ def run(model, name: str, prompt, tokens, *, dense_layers: int | None = None, **
     """The model over ``prompt`` and the output ``tokens`` (the last is not fed back) under a rule."""
     prompt, layers = list(prompt), model.config.num_hidden_layers
     ids = torch.tensor([[*prompt, *tokens[:-1]]])
-    rules, kept, reads = [], [None] * layers, [None] * layers
+    rules, reads = [], [[] for _ in range(layers)]
     dense_layers = RULES[name].dense_layers if dense_layers is None else dense_layers
     if name == "lessismore":
         options = {**options, "num_layers": layers, "dense_layers": dense_layers}
     for layer in range(layers):
         place = {"layer": layer, "below": rules[-1] if rules else None}
         rules.append(Rule() if layer < dense_layers else RULES[name](**options, **place))
-    AttentionInterface.register(NAME, functools.partial(_attention, rules, len(prompt), kept, reads))
+    AttentionInterface.register(NAME, functools.partial(_attention, rules, len(prompt), reads))
     # No mask: the attention function is causal by itself.
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     before = model.config._attn_implementation
@@ -395,10 +393,10 @@ def run(model, name: str, prompt, tokens, *, dense_layers: int | None = None, **
         logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 :]
     finally:
         model.set_attn_implementation(before)
-    return Trace(logits, kept, reads, min(rule.closest for rule in rules))
+    return Trace(logits, reads, min(rule.closest for rule in rules))
 
 
-def _attention(rules, prompt, kept, reads, module, query, key, value, mask, scaling=None, **kwargs):
+def _attention(rules, prompt, reads, module, query, key, value, mask, scaling=None, **kwargs):
     """transformers' attention function: a prompt's queries read all before them, later ones what the rule says."""
     layer, (q, k, v) = module.layer_idx, (states[0].double() for states in (query, key, value))
     rule, group, length = rules[layer], q.shape[0] // k.shape[0], q.shape[1]
@@ -406,11 +404,9 @@ def _attention(rules, prompt, kept, reads, module, query, key, value, mask, scal
     logits = rule.scale * q @ k.repeat_interleave(group, 0).mT
     weights = logits.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -math.inf).softmax(-1)
     rule.start(q[:, :prompt], k[:, :prompt], weights[:, :prompt, :prompt])
-    kept[layer], masks = rule.held, []
     for n in range(prompt + 1, length + 1):
-        masks.append(rule.read(q[:, n - 1], k[:, :n]))
-        read = masks[-1].repeat_interleave(group, 0)
+        reads[layer].append(rule.read(q[:, n - 1], k[:, :n]))
+        read = reads[layer][-1].repeat_interleave(group, 0)
         weights[:, n - 1, :n] = logits[:, n - 1, :n].masked_fill(~read, -math.inf).softmax(-1)
         rule.observe(weights[:, n - 1, :n])
-    reads[layer] = masks
     return (weights @ v.repeat_interleave(group, 0)).transpose(0, 1)[None].to(query.dtype), None
