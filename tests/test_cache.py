@@ -183,6 +183,29 @@ def test_bad_page_size(page_size):
         PagedKVCache(num_layers=1, kv_heads=1, head_dim=64, batch=1, max_tokens=8, page_size=page_size)
 
 
+def test_a_room_bounds_what_a_row_maps():
+    """5 layers' bytes: two hold everything, two 20 tokens, one 12 of a prompt and then everything."""
+    rooms = [Room(), Room(), Room(20, 20), Room(20, 20), Room(kept=12)]
+    cache = PagedKVCache(
+        num_layers=5, kv_heads=HEADS, head_dim=DIM, batch=1, max_tokens=200, page_size=PAGE, rooms=rooms
+    )
+    cache.begin_step([0], [30], prompt=True)
+    assert [cache.step_of(layer).seq_lens.item() for layer in range(5)] == [30, 30, 20, 20, 12]
+    assert cache.step_of(2).positions.item() == cache.step_of(2).prompt_lens.item() == 30
+    for n in range(31, 201):
+        cache.begin_step([0], [1])
+        held = [n, n, 20, 20, n - 18]
+        assert [cache.step_of(layer).seq_lens.item() for layer in range(5)] == held
+        assert [len(mapped(cache, 0, layer)) for layer in range(5)] == [-(-tokens // PAGE) for tokens in held]
+    page = cache.k[0][0].nbytes + cache.v[0][0].nbytes
+    assert cache.bytes_in_use == page * (25 + 25 + 3 + 3 + 23) and cache.k[2].shape[0] == 3
+    cache.free(0)
+    assert cache.bytes_in_use == 0
+    # Where the room is full, all but `kept` make place.
+    assert [Room(24, 16).after(held, 1, False) for held in (15, 23, 24)] == [16, 24, 17]
+    assert Room(24, 16).after(10, 30, True) == 16 and Room(24, 24).after(24, 0, False) == 24
+
+
 class Traffic(RuleBasedStateMachine):
     """Any sequence of steps and frees on a pool that is too small for all rows."""
 

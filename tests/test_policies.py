@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from tiny_models import build, prompts
 
-from lil_ops import policies, reference
+from lil_ops import DecodeLoop, generate, policies, reference
 from lil_ops.cache import PagedKVCache
 from lil_ops.policies import Full, Quest, Sink
 
@@ -194,3 +195,27 @@ def test_quest_reads_the_pages_of_the_highest_score(options):
 def test_quest_with_a_covering_budget_reads_every_page():
     policy = Quest(96, dense_layers=0)
     assert selected(policy, filled(policy)) == [[list(range(12))] * HEADS, [list(range(10))] * HEADS]
+
+
+@pytest.mark.parametrize("policy", ["sink", "h2o", "tova", "raas"])
+def test_bounded_policies_stay_bounded(policy):
+    """440 tokens in 64: the pool never maps more than the budget a head, and rows are used again by others."""
+    model = build("llama")
+    prompt = prompts(40)
+    result = generate(model, prompt, max_new_tokens=400, policy=policy, budget=64, eos_token_id=())
+    page = 2 * 64 * 16 * 2 * 4  # K and V of a page: heads 2, head_dim 64, 16 tokens, float32
+    assert len(result.tokens[0]) == 400 and result.kv_bytes_peak == 4 * 4 * page
+    with DecodeLoop(model, prompts(40, 12), max_new_tokens=8, policy=policy, budget=64, eos_token_id=()) as loop:
+        for _ in loop:
+            pass
+        assert loop.cache.kv.bytes_in_use == 0
+
+
+def test_a_long_prompt_is_never_held_whole():
+    result = generate(build("llama"), prompts(300), max_new_tokens=3, policy="h2o", budget=32)
+    assert result.kv_bytes_peak == 4 * 2 * (2 * 64 * 16 * 2 * 4)
+
+
+def test_lessismore_selects_behind_its_dense_layers():
+    with pytest.raises(ValueError, match=r"select_layers: expected layers from 2 to 3, got \[1\]"):
+        generate(build("llama"), prompts(20), max_new_tokens=2, policy="lessismore", budget=64, select_layers=[1])

@@ -45,8 +45,8 @@ def check_decoding(policy: str, policy_options: dict, page_size: int, temperatur
 
     with user_errors(ValueError):
         check_sampling(temperature, top_k, top_p)
-        # A cache of no layers costs nothing, and knows which page sizes there are and which budgets fit them.
-        cache = PagedKVCache(num_layers=0, kv_heads=1, head_dim=1, batch=1, max_tokens=1, page_size=page_size)
+        # The smallest cache knows which page sizes there are and which budgets fit them.
+        cache = PagedKVCache(num_layers=1, kv_heads=1, head_dim=1, batch=1, max_tokens=1, page_size=page_size)
         policies.get(policy, **policy_options).begin(cache, [])
 
 

@@ -34,7 +34,14 @@ def generate(
     device: Annotated[str, _option(MODEL, "cpu, cuda or cuda:N.", show_default=True)] = "cpu",
     threads: Annotated[int | None, _option(MODEL, "CPU threads.", show_default="torch's choice", min=1)] = None,
     page_size: Annotated[int, _option(MODEL, "Tokens in a page: 8, 16, 32, 64 or 128.", show_default=True)] = 16,
-    policy: Annotated[str, _option(POLICY, "What a step reads: full, sink or quest.", show_default=True)] = "full",
+    policy: Annotated[
+        str,
+        _option(
+            POLICY,
+            "What a step reads: full, sink, h2o, quest, infllm, raas, snapkv, tova or lessismore (lil-ops policies).",
+            show_default=True,
+        ),
+    ] = "full",
     budget: Annotated[int | None, _option(POLICY, "Tokens a KV head may read, all included.")] = None,
     sink: Annotated[int | None, _option(POLICY, "Tokens at the start that are always read.")] = None,
     recent: Annotated[int | None, _option(POLICY, "Tokens at the end that are always read.")] = None,

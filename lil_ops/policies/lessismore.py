@@ -40,10 +40,14 @@ class LessIsMore(Policy):
     def begin(self, cache, prompt_lens):
         super().begin(cache, prompt_lens)
         layers = len(cache.k)
-        wanted = (self.dense_layers, layers // 3) if self.select_layers is None else self.select_layers
-        self._selecting = {max(layer, self.dense_layers) for layer in wanted}
-        if not all(0 <= layer < layers for layer in wanted):
-            raise ValueError(f"policy {self.name}: select_layers: expected layers from 0 to {layers - 1}, got {wanted}")
+        given = self.select_layers
+        if given is not None and not all(self.dense_layers <= layer < layers for layer in given):
+            raise ValueError(
+                f"policy {self.name}: select_layers: expected layers from {self.dense_layers} to {layers - 1}, "
+                f"got {given}"
+            )
+        # What lies behind the dense layers reads the first one's choice, so that this one always selects.
+        self._selecting = {self.dense_layers, *((layers // 3,) if given is None else given)}
         self._scores = None
 
     def recent_of(self, layer: int) -> int:
