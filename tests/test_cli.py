@@ -154,6 +154,17 @@ def test_json_is_one_document_with_every_run(generate, folder, tokenizer):
     assert document["runs"][3]["policy_options"] == {"budget": 32} and document["runs"][0]["policy_options"] == {}
 
 
+def test_budgets_of_layers_and_options_of_one_policy(generate, folder):
+    layers = hf.AutoConfig.from_pretrained(folder).num_hidden_layers
+    rkv = ["--policy", "rkv", "--policy-option", "buffer=8", "--policy-option", "mix=0.07", "--no-compare", "--json"]
+    (run,) = json.loads(generate(*rkv, "--budget", "0.5", PROMPT)[1])["runs"]
+    assert run["policy_options"] == {"budget": 0.5, "buffer": 8, "mix": 0.07}
+    budgets = ",".join(["32"] * layers)
+    (run,) = json.loads(generate(*rkv, "--budget", budgets, PROMPT)[1])["runs"]
+    assert run["policy_options"]["budget"] == [32] * layers and run["stop_reason"] == "length"
+    assert_user_error(generate(*rkv, "--budget", budgets + ",32", PROMPT), "policy rkv: budget: expected one entry for")
+
+
 def test_the_prompt_from_standard_input(generate, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
     code, out, _ = generate("--no-compare", "--json", "-")
@@ -195,7 +206,11 @@ EARLY_ERRORS = {
     "not text": (["\udcff"], "the prompt is not UTF-8 text"),
     "no prompt": ([], "(?i:missing argument 'prompt')"),
     "unknown option": (["--buget", "9", "x"], "No such option"),
-    "not a number": (["--budget", "many", "x"], "Invalid value for '--budget'"),
+    "not a number": (["--budget", "many", "x"], "--budget: expected a number of tokens, a share, .*got 'many'"),
+    "not a share": (["--policy", "sink", "--budget", "1.5", "x"], "policy sink: budget: expected a share.*got 1.5"),
+    "a list too short": (["--policy", "sink", "--budget", "64,2", "x"], "policy sink: budget: expected at least"),
+    "no value": ([*QUEST, "--policy-option", "buffer", "x"], "--policy-option: expected NAME=VALUE, got 'buffer'"),
+    "not its option": ([*QUEST, "--policy-option", "buffer=9", "x"], "policy quest: unknown option 'buffer'"),
     "unknown policy": (["--policy", "qust", "x"], "unknown policy 'qust'.*did you mean 'quest'"),
     "budget missing": (["--policy", "quest", "x"], "policy quest: budget"),
     "budget too small": (["--policy", "sink", "--budget", "4", "x"], "policy sink: budget: expected at least"),

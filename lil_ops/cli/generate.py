@@ -14,7 +14,7 @@ from lil_ops.cli.runs import Decoder, Outcome, plan
 from lil_ops.cli.text import Detokenizer
 
 POLICY, STOP, GENERATION, MODEL, OUTPUT = "Policy", "Early stop", "Generation", "Model and machine", "Output"
-POLICY_OPTIONS = ("budget", "sink", "recent", "protect_prompt", "dense_layers", "scoring")
+POLICY_OPTIONS = ("sink", "recent", "protect_prompt", "dense_layers", "scoring")
 GUARDIAN_OPTIONS = ("interval", "threshold", "unit")
 LOOP_OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "page_size")
 
@@ -38,11 +38,19 @@ def generate(
         str,
         _option(
             POLICY,
-            "What a step reads: full, sink, h2o, quest, infllm, raas, snapkv, tova or lessismore (lil-ops policies).",
+            "full, sink, h2o, quest, infllm, raas, snapkv, tova, rkv or lessismore: see lil-ops policies.",
             show_default=True,
         ),
     ] = "full",
-    budget: Annotated[int | None, _option(POLICY, "Tokens a KV head may read, all included.")] = None,
+    budget: Annotated[
+        str | None,
+        _option(
+            POLICY,
+            "Tokens a KV head may read, all included: a number; a share (0.25) of prompt and output; or a list of "
+            "these, one for each layer (64,64,0.5,...).",
+            metavar="TOKENS",
+        ),
+    ] = None,
     sink: Annotated[int | None, _option(POLICY, "Tokens at the start that are always read.")] = None,
     recent: Annotated[int | None, _option(POLICY, "Tokens at the end that are always read.")] = None,
     protect_prompt: Annotated[bool | None, _option(POLICY, "Whether the whole prompt is always read.")] = None,
@@ -50,6 +58,10 @@ def generate(
     scoring: Annotated[
         Literal["minmax", "meanstd"] | None,
         _option(POLICY, "Quest: bound a page's logits, or estimate its mass.", show_default="minmax"),
+    ] = None,
+    policy_option: Annotated[
+        list[str] | None,
+        _option(POLICY, "One that only this policy has, such as buffer=64 for rkv; repeatable.", metavar="NAME=VALUE"),
     ] = None,
     guardian: Annotated[
         bool, _option(STOP, "Stop when the output carries almost no new information.", show_default=True)
@@ -93,6 +105,9 @@ def generate(
     options = {name: value for name, value in context.params.items() if name not in ("prompt", "as_json", "verbose")}
     given = {name: value for name, value in options.items() if value is not None}
     policy_options = {name: given[name] for name in POLICY_OPTIONS if name in given}
+    read = checks.read_policy_options(given.get("budget"), given.get("policy_option") or [])
+    options["budget"] = read.get("budget")
+    policy_options |= read
     loop_options = {name: options[name] for name in LOOP_OPTIONS} | ({"eos_token_id": ()} if ignore_eos else {})
     prompt = checks.read_prompt(prompt)
     early_stop = checks.make_guardian(guardian, {name: given[name] for name in GUARDIAN_OPTIONS if name in given})
