@@ -9,7 +9,9 @@ __version__ = "0.1.0"
 import importlib
 
 from lil_ops._library import build_info, check_errors
-from lil_ops.guardian import Guardian, StopReason
+from lil_ops.actions import Answer, Rescue
+from lil_ops.baselines import Repetition, TokenBudget
+from lil_ops.guardian import Guardian
 from lil_ops.ops import (
     append_kv,
     compact_kv,
@@ -24,9 +26,11 @@ from lil_ops.ops import (
     sparse_decode,
     sparse_decode_step,
 )
+from lil_ops.stopping import StopReason
 
 # Names whose modules need transformers: imported on first use.
 _LAZY = {
+    "StopRuleCriteria": "lil_ops.integrations.criteria",
     "DecodeLoop": "lil_ops.decode",
     "LilCache": "lil_ops.integrations.transformers",
     "generate": "lil_ops.decode",
@@ -34,10 +38,15 @@ _LAZY = {
 }
 
 __all__ = [
+    "Answer",
     "DecodeLoop",
     "Guardian",
     "LilCache",
+    "Repetition",
+    "Rescue",
     "StopReason",
+    "StopRuleCriteria",
+    "TokenBudget",
     "append_kv",
     "build_info",
     "check_errors",

@@ -22,8 +22,8 @@ from lil_ops.cli import display, main, session
 from lil_ops.cli.display import RunView, seconds, size
 from lil_ops.cli.text import Detokenizer
 from lil_ops.decode import DecodeLoop
-from lil_ops.guardian import StopReason
 from lil_ops.result import StepEvent
+from lil_ops.stopping import StopReason
 
 PROMPT = "Ten pens, six books: what is the change?"
 QUEST = ["--policy", "quest", "--budget", "32"]
@@ -165,6 +165,18 @@ def test_budgets_of_layers_and_options_of_one_policy(generate, folder):
     assert_user_error(generate(*rkv, "--budget", budgets + ",32", PROMPT), "policy rkv: budget: expected one entry for")
 
 
+def test_what_the_guardian_brings_about(generate):
+    fires = ["--guardian", "--interval", "8", "--threshold", "1000", "--no-compare", "--json"]
+    answer = ["--action", "answer", "--answer-text", "So:", "--answer-tokens", "5"]
+    (run,) = json.loads(generate(*fires, *answer, PROMPT)[1])["runs"]
+    assert run["events"] == [[8, "answer"]] and len(run["tokens"]) == 8 + 3 + 5 and run["stop_reason"] == "length"
+    assert_user_error(generate(*fires, "--action", "answer", PROMPT), "Answer: text: the chat template has no </think>")
+    (run,) = json.loads(generate(*fires, *QUEST, "--loss-aware", "--action", "rescue", PROMPT)[1])["runs"]
+    assert run["events"] == [[8, "rescue"]] and len(run["tokens"]) == 16 and run["guardian"]["loss_aware"]
+    sink = ["--policy", "sink", "--budget", "32"]
+    assert_user_error(generate(*fires, *sink, "--action", "rescue", PROMPT), "Rescue: policy sink has forgotten")
+
+
 def test_the_prompt_from_standard_input(generate, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
     code, out, _ = generate("--no-compare", "--json", "-")
@@ -231,6 +243,9 @@ EARLY_ERRORS = {
     "threshold": (["--guardian", "--threshold", "nan", "x"], "Guardian: threshold: expected"),
     "unit": (["--guardian", "--unit", "bytes", "x"], "Invalid value for '--unit'"),
     "bits without a threshold": (["--guardian", "--unit", "bits", "x"], "--unit bits needs --threshold"),
+    "loss without Guardian": (["--loss-aware", "x"], "--loss-aware needs --guardian"),
+    "action without Guardian": (["--action", "rescue", "x"], "--action rescue needs --guardian"),
+    "answer text": ([*GUARDIAN, "--answer-text", "So:", "x"], "--answer-text needs --action answer"),
     "interval without Guardian": (["--interval", "8", "x"], "--interval needs --guardian"),
 }
 

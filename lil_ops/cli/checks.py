@@ -31,7 +31,7 @@ def make_guardian(wanted: bool, options: dict) -> Guardian | None:
     from lil_ops import Guardian
 
     if not wanted and options:
-        raise UserError(f"--{next(iter(options))} needs --guardian")
+        raise UserError(f"--{next(iter(options)).replace('_', '-')} needs --guardian")
     if options.get("unit") == "bits" and "threshold" not in options:
         raise UserError("--unit bits needs --threshold: the default is in phrases")
     with user_errors(ValueError):
@@ -60,6 +60,14 @@ def _value(text: str) -> object:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError):
         return text
+
+
+def check_action(action: str, guardian: bool, answer_text: str | None) -> None:
+    """Whether the action has a rule to follow, and the text an answer."""
+    if action != "stop" and not guardian:
+        raise UserError(f"--action {action} needs --guardian")
+    if answer_text is not None and action != "answer":
+        raise UserError("--answer-text needs --action answer")
 
 
 def check_decoding(policy: str, policy_options: dict, page_size: int, temperature: float, top_k: int, top_p: float):

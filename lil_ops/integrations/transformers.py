@@ -79,8 +79,12 @@ class LilCache(Cache):
         model: see `attach`. policy: name or `Policy`; ``policy_options`` (budget=..., sink=..., ...) go to it.
         batch: sequences. max_tokens: tokens a sequence may hold, prompt and generated. page_size: tokens.
 
-    Attributes: ``kv`` the `PagedKVCache`, ``policy``, ``shape`` the `ModelShape`, and ``rows``, the cache rows that the
-    next forward pass serves in the order of its batch (set by a caller who serves a part; all by default).
+    Attributes: ``kv`` the `PagedKVCache`, ``policy``, ``shape`` the `ModelShape`; ``rows``, the cache rows that the
+    next forward pass serves in the order of its batch (set by a caller who serves a part; all by default); ``raised``,
+    rows that read more than the policy's budget: as many tokens, or None, all (for policies that hold everything);
+    ``lost_bits`` ``[batch]`` float32, once `watch_loss` was called: what attention lost in the last step of one token
+    a sequence, in bits. A query head that misses a share p of its softmax mass reads a distribution that is
+    ``-log2(1 - p)`` bits (Kullback-Leibler) from the true one; this is the mean over all heads and layers.
 
     Raises ValueError for a model, policy or option that cannot be served, before anything is allocated; in a forward
     pass for a batch of another size, and what `PagedKVCache.begin_step` raises.
@@ -117,6 +121,8 @@ class LilCache(Cache):
             rooms=[room if managed else ALL for room, managed in zip(rooms, self._managed, strict=True)],
         )
         self.rows = list(range(batch))
+        self.raised: dict[int, int | None] = {}
+        self.lost_bits: torch.Tensor | None = None
         self._begun = self._in_prompt = False
         self._config = model.config
         # The layer whose keys attention has yet to read, and the one that is to come next.
@@ -127,6 +133,14 @@ class LilCache(Cache):
         """Start the policy for prompts of these lengths (tokens). The first forward pass does it where nobody has."""
         self.policy.begin(self.kv, prompt_lens)
         self._begun = True
+
+    def watch_loss(self) -> None:
+        """Compute ``lost_bits`` from now on. Raises ValueError for a policy whose loss is not known."""
+        if not self.policy.tells_loss:
+            raise ValueError(
+                f"LilCache: policy {self.policy.name} cannot tell its information loss; quest and full can"
+            )
+        self.lost_bits = torch.zeros(self.kv.batch, device=self.kv.device)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -227,6 +241,8 @@ class LilCache(Cache):
             # Only now are prompts that came in chunks known whole.
             self.policy.check_budget(self.kv, lengths)
         self._in_prompt = prompt
+        if self.lost_bits is not None:
+            self.lost_bits.zero_()
         self.kv.begin_step(self.rows, counts, prompt=prompt)
 
     def _tokens(self, states: torch.Tensor) -> torch.Tensor:
@@ -249,18 +265,18 @@ class LilCache(Cache):
         selection, mass = None, {}
         if managed:
             page_table, seq_lens = policy.write(layer, k, v, kv)
-            selection = policy.select(layer, q, kv, scale)
+            selection = self._with_raised(layer, policy.select(layer, q, kv, scale))
             mass = self._room_for_mass(layer, q, page_table, selection)
         else:
             kv.append(layer, k, v)
             page_table, seq_lens = kv.step_of(layer).page_table, kv.step_of(layer).seq_lens
-        out, _ = ops.sparse_decode(
+        out, lse = ops.sparse_decode(
             q,
             kv.k[layer],
             kv.v[layer],
             page_table,
             seq_lens,
-            *(selection or ()),
+            *(selection[:2] if selection else ()),
             scale=scale,
             window=window or 0,
             softcap=softcap or 0.0,
@@ -268,7 +284,46 @@ class LilCache(Cache):
         )
         if mass:
             policy.observe(layer, *mass.values(), selection, kv)
+        if self.lost_bits is not None and selection is not None:
+            self._add_loss(layer, lse, selection, softcap or 0.0)
         return out
+
+    def _add_loss(self, layer: int, lse: torch.Tensor, selection: Selection, softcap: float) -> None:
+        step = self.kv.step_of(layer)
+        pages, counts, scores = selection
+        loss = ops.information_loss(lse, scores, step.seq_lens, self.kv.page_size, pages, counts, softcap=softcap)
+        bits = step.take(self.lost_bits)
+        # A share of 1 in float32 is one of at least 1 - 2**-25.
+        bits -= torch.log2(1 - loss.clamp(max=1 - 2**-24)).mean(1) / self.shape.num_layers
+        step.put(self.lost_bits, bits)
+
+    def _with_raised(self, layer: int, selection: Selection | None) -> Selection | None:
+        """The selection, in which the rows of ``raised`` have more."""
+        step = self.kv.step_of(layer)
+        which = [i for i, row in enumerate(step.rows) if row in self.raised]
+        if selection is None or not which:
+            return selection
+        pages, counts, scores = selection
+        table = torch.arange(step.page_table.shape[-1], dtype=torch.int32, device=pages.device)
+        pages = F.pad(pages, (0, len(table) - pages.shape[-1]), value=-1)
+        counts = counts.clone()
+        for i in which:
+            budget, here = self.raised[step.rows[i]], slice(i, i + 1)
+            if budget is None:
+                counts[i] = -(-self.kv.lengths[step.rows[i]] // self.kv.page_size)
+                pages[i] = table
+                continue
+            more, counts[here] = ops.select_pages(
+                scores[here],
+                step.seq_lens[here],
+                self.kv.page_size,
+                max(budget, self.policy.budget_of(layer)),
+                sink=self.policy.sink,
+                recent=self.policy.recent_of(layer),
+                protected_lens=step.prompt_lens[here] if self.policy.protect_prompt else None,
+            )
+            pages[here, :, : more.shape[-1]] = more
+        return Selection(pages, counts, scores)
 
     def _room_for_mass(
         self, layer: int, q: torch.Tensor, page_table: torch.Tensor, selection: Selection | None
