@@ -150,7 +150,7 @@ def test_json_is_one_document_with_every_run(generate, folder, tokenizer):
         assert run["ratio"] == run["phrases"] / len(run["tokens"])
         assert run["kv_bytes_peak"] == result.kv_bytes_peak > 0
         assert run["jct_s"] == pytest.approx(run["ttft_s"] + run["tbt_s"] * (len(run["tokens"]) - 1))
-    assert document["runs"][3]["guardian"] == vars(Guardian(interval=8, threshold=1000))
+    assert document["runs"][3]["guardian"] == vars(lil_ops.Guardian(interval=8, threshold=1000))
     assert document["runs"][3]["policy_options"] == {"budget": 32} and document["runs"][0]["policy_options"] == {}
 
 
