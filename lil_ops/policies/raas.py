@@ -44,6 +44,7 @@ class RaaS(Policy):
     def begin(self, cache, prompt_lens):
         super().begin(cache, prompt_lens)
         self.held, self.stamp, self.tables = [], [], []
+        self._slots = torch.arange(-(-cache.max_tokens // cache.page_size), dtype=torch.int32, device=cache.device)
         for layer, room in enumerate(cache.rooms):
             heads = cache.batch, cache.kv_heads
             slots, pages = (cache.pool_of(layer).max_pages, -(-cache.max_tokens // cache.page_size))
@@ -83,10 +84,10 @@ class RaaS(Policy):
             protected_lens=step.prompt_lens,
             page_table=table,
             # Slots are mapped before they are filled; those that are not yet are not looked at.
-            slot_pages=step.page_table.clamp(min=0),
+            slot_pages=step.once("slot pages", lambda: step.page_table.clamp(min=0)),
         )
-        opened = torch.arange(held.shape[2], device=held.device) == slots[..., None]
-        stamp.copy_(torch.where(opened, step.positions[:, None, None].float(), stamp))
+        opened = self._slots[: held.shape[2]] == slots[..., None]
+        torch.where(opened, step.positions[:, None, None], stamp, out=stamp)
         for whole, part in zip(state, (held, stamp, table), strict=True):
             step.put(whole, part)
         cache.append(layer, k, v, page_table=table, seq_lens=step.positions)
@@ -97,11 +98,13 @@ class RaaS(Policy):
 
     def observe(self, layer, mass, selection, cache):
         step = cache.step_of(layer)
-        held, stamp = step.take(self.held[layer]), step.take(self.stamp[layer])
-        attended = grouped(mass, cache.kv_heads).masked_fill(held < 0, -1.0)
-        # The least mass that is among the top share of the pages held.
-        places = ((held >= 0).sum(-1, keepdim=True) * self.share).ceil().long() - 1
-        least = attended.sort(-1, descending=True).values.gather(-1, places.clamp(min=0))
-        now = step.positions[:, None, None].float()
-        stamp.copy_(torch.where(attended >= least, now, stamp))
+        stamp = step.take(self.stamp[layer])
+        attended = grouped(mass, cache.kv_heads)  # 0 in free slots, which are more than none
+        more = (attended[..., None, :] > attended[..., None]).sum(-1)  # pages of more mass than each
+        torch.where(more < step.once("top", lambda: self._top(step)), step.positions[:, None, None], stamp, out=stamp)
         step.put(self.stamp[layer], stamp)
+
+    def _top(self, step) -> torch.Tensor:
+        """``[batch, 1, 1]``: the share of the pages held, which are as many in every head."""
+        pages = (step.positions + (self.page_size - 1)) // self.page_size
+        return (pages.clamp(max=step.page_table.shape[1]) * self.share)[:, None, None]

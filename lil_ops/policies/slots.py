@@ -18,7 +18,7 @@ class TokenSlots(Policy):
     the last ``recent`` does. Of a longer prompt a head keeps as many as its budget, by the same order.
 
     State, one a layer: ``held [batch, kv_heads, slots]`` int32, the token's position, -1: free; ``priority``, likewise,
-    float32. A new token's priority is 0 until `observe` makes it something else.
+    float32. `observe` says what it is, that of a new token included, in whose slot it is still that of the last one.
     """
 
     memory = "bounded"
@@ -85,9 +85,7 @@ class TokenSlots(Policy):
             recent=self.recent_of(layer),
             protected_lens=self.protected_lens(cache, layer),
         )
-        priority.scatter_(2, slots[..., None].long(), 0.0)
         step.put(self.held[layer], held)
-        step.put(self.priority[layer], priority)
         cache.append(layer, k, v, slots=slots)
         return step.page_table, step.seq_lens
 

@@ -36,10 +36,13 @@ class SnapKV(TokenSlots):
             mass[:, :before] = F.avg_pool1d(mass[:, :before], self.NEIGHBOURS, 1, self.NEIGHBOURS // 2)
         return mass
 
+    def keep(self, layer, i, chunk, cache):
+        kept = super().keep(layer, i, chunk, cache)
+        row, count = cache.step_of(layer).rows[i], kept.shape[1]
+        # What is generated lies behind it, in order: written down ahead, so that no step has to.
+        behind = self.held[layer][row, :, count:]
+        behind.copy_(torch.arange(behind.shape[1], device=cache.device) + cache.lengths[row])
+        return kept
+
     def write(self, layer, k, v, cache):
-        step = cache.step_of(layer)
-        held = step.take(self.held[layer])
-        last = (step.seq_lens - 1).long()[:, None, None].expand(-1, cache.kv_heads, -1)
-        held.scatter_(2, last, (step.positions - 1)[:, None, None].expand_as(last).to(torch.int32))
-        step.put(self.held[layer], held)
         return Policy.write(self, layer, k, v, cache)
