@@ -7,9 +7,7 @@ Published for one query head a KV head; here (GQA) the weights of a group are su
 
 from __future__ import annotations
 
-import torch
-
-from lil_ops.policies.slots import TokenSlots, grouped, prompt_mass
+from lil_ops.policies.slots import TokenSlots, prompt_mass
 
 
 class H2O(TokenSlots):
@@ -32,12 +30,4 @@ class H2O(TokenSlots):
         return mass
 
     def observe(self, layer, mass, selection, cache):
-        step = cache.step_of(layer)
-        priority = step.take(self.priority[layer])
-        newest = step.once("newest", lambda: (step.positions - 1)[:, None, None])
-        # A new token has only what it gathered now: what is in its slot was the last one's.
-        before = priority * (step.take(self.held[layer]) != newest)
-        gathered = grouped(mass, cache.kv_heads)
-        slots = min(gathered.shape[2], priority.shape[2])
-        torch.add(before[..., :slots], gathered[..., :slots], out=priority[..., :slots])
-        step.put(self.priority[layer], priority)
+        self.fold(layer, mass, cache, rule="sum")

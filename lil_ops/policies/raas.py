@@ -15,7 +15,6 @@ import torch
 from lil_ops import ops
 from lil_ops.cache import Room
 from lil_ops.policies.base import Policy, Selection
-from lil_ops.policies.slots import grouped
 
 
 class RaaS(Policy):
@@ -44,7 +43,6 @@ class RaaS(Policy):
     def begin(self, cache, prompt_lens):
         super().begin(cache, prompt_lens)
         self.held, self.stamp, self.tables = [], [], []
-        self._slots = torch.arange(-(-cache.max_tokens // cache.page_size), dtype=torch.int32, device=cache.device)
         for layer, room in enumerate(cache.rooms):
             heads = cache.batch, cache.kv_heads
             slots, pages = (cache.pool_of(layer).max_pages, -(-cache.max_tokens // cache.page_size))
@@ -72,11 +70,11 @@ class RaaS(Policy):
 
     def write(self, layer, k, v, cache):
         step = cache.step_of(layer)
-        state = self.held[layer], self.stamp[layer], self.tables[layer]
-        held, stamp, table = map(step.take, state)
-        slots = ops.evict_pages(
+        state = self.held[layer], self.tables[layer]
+        held, table = map(step.take, state)
+        ops.evict_pages(
             held,
-            stamp,
+            step.take(self.stamp[layer]),
             step.positions,
             cache.page_size,
             sink=self.sink,
@@ -86,9 +84,7 @@ class RaaS(Policy):
             # Slots are mapped before they are filled; those that are not yet are not looked at.
             slot_pages=step.once("slot pages", lambda: step.page_table.clamp(min=0)),
         )
-        opened = self._slots[: held.shape[2]] == slots[..., None]
-        torch.where(opened, step.positions[:, None, None], stamp, out=stamp)
-        for whole, part in zip(state, (held, stamp, table), strict=True):
+        for whole, part in zip(state, (held, table), strict=True):
             step.put(whole, part)
         cache.append(layer, k, v, page_table=table, seq_lens=step.positions)
         return table, step.positions
@@ -99,12 +95,7 @@ class RaaS(Policy):
     def observe(self, layer, mass, selection, cache):
         step = cache.step_of(layer)
         stamp = step.take(self.stamp[layer])
-        attended = grouped(mass, cache.kv_heads)  # 0 in free slots, which are more than none
-        more = (attended[..., None, :] > attended[..., None]).sum(-1)  # pages of more mass than each
-        torch.where(more < step.once("top", lambda: self._top(step)), step.positions[:, None, None], stamp, out=stamp)
+        # A page that was just opened is stamped too.
+        options = {"rule": "stamp", "share": self.share}
+        ops.fold_mass(stamp, mass, selection.pages, step.positions, cache.page_size, **options)
         step.put(self.stamp[layer], stamp)
-
-    def _top(self, step) -> torch.Tensor:
-        """``[batch, 1, 1]``: the share of the pages held, which are as many in every head."""
-        pages = (step.positions + (self.page_size - 1)) // self.page_size
-        return (pages.clamp(max=step.page_table.shape[1]) * self.share)[:, None, None]

@@ -18,7 +18,7 @@ class TokenSlots(Policy):
     the last ``recent`` does. Of a longer prompt a head keeps as many as its budget, by the same order.
 
     State, one a layer: ``held [batch, kv_heads, slots]`` int32, the token's position, -1: free; ``priority``, likewise,
-    float32. `observe` says what it is, that of a new token included, in whose slot it is still that of the last one.
+    float32, that of the last token in a slot until `observe` renews it.
     """
 
     memory = "bounded"
@@ -88,6 +88,13 @@ class TokenSlots(Policy):
         step.put(self.held[layer], held)
         cache.append(layer, k, v, slots=slots)
         return step.page_table, step.seq_lens
+
+    def fold(self, layer: int, mass: torch.Tensor, cache, **options) -> None:
+        """Renew the priorities by a step's mass, see `ops.fold_mass`."""
+        step = cache.step_of(layer)
+        priority = step.take(self.priority[layer])
+        ops.fold_mass(priority, mass, step.take(self.held[layer]), step.positions, 1, **options)
+        step.put(self.priority[layer], priority)
 
 
 def grouped(mass: torch.Tensor, kv_heads: int) -> torch.Tensor:
