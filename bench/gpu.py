@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""The operators on a machine with a GPU, from a bare checkout: bench/gpu.py test|sanitize|bench [ARGUMENTS ...]
+"""The package on a machine with a GPU, from a bare checkout: bench/gpu.py test|sanitize|bench|policies [ARGUMENTS ...]
 
 Builds in place for the GPUs found, with the Python that runs this: it has a torch with CUDA and what pyproject.toml
 names for building and testing; nothing is installed. Then ``test`` runs the operators' test files (ARGUMENTS go to
 pytest, whose exit code is returned; LIL_RANDOM_CASES=10000 for so many random cases), ``sanitize`` runs some of them
-under each tool of compute-sanitizer (LIL_SANITIZER="memcheck racecheck" for some of the tools), and ``bench`` runs
-bench/peers.py (ARGUMENTS go there). Tests run in several processes where pytest-xdist is there.
+under each tool of compute-sanitizer (LIL_SANITIZER="memcheck racecheck" for some of the tools), ``bench`` runs
+bench/peers.py (ARGUMENTS go there) and bench/policies_gpu.py, and ``policies`` the latter alone (ARGUMENTS go there).
+Tests run in several processes where pytest-xdist is there.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ TOOLS = os.environ.get("LIL_SANITIZER", "memcheck racecheck initcheck synccheck"
 
 
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in ("test", "sanitize", "bench"):
+    if not arguments or arguments[0] not in ("test", "sanitize", "bench", "policies"):
         raise SystemExit(__doc__)
     if not torch.cuda.is_available():
         raise SystemExit(f"bench/gpu.py: torch {torch.__version__} of {sys.executable} finds no GPU")
@@ -49,8 +50,11 @@ def main(arguments: list[str]) -> int:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     python = [sys.executable]
     tests = [*python, "-m", "pytest", *PROCESSES, *operator_tests()]
+    policies = [*python, str(ROOT / "bench" / "policies_gpu.py")]
     if what == "bench":
-        commands = [[*python, str(ROOT / "bench" / "peers.py"), *arguments]]
+        commands = [[*python, str(ROOT / "bench" / "peers.py"), *arguments], policies]
+    elif what == "policies":
+        commands = [[*policies, *arguments]]
     elif what == "test":
         commands = [[*tests, *arguments]]
     else:

@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> None:
     build = lil_ops.build_info()
     result = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": {"cpu": _cpu_name(), "threads": 2, "isa": build["isa"]},
         "versions": {name: build[name] for name in ("lil_ops", "python", "torch")},
         "command": "make bench",
@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> None:
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit that was measured; a + behind it says that the sources were changed since."""
     return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "csrc", "lil_ops") else "")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import mmap
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,6 +73,16 @@ class Step:
     positions: torch.Tensor
     prompt_lens: torch.Tensor
     cu_seqlens: torch.Tensor | None
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns the first time: for what a policy derives from these tensors, the same in all layers.
+
+        A CUDA graph has to be captured from a step of which nothing was made yet, or its replays do not make it.
+        """
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def take(self, state: torch.Tensor) -> torch.Tensor:
         """The step's rows of a tensor that has one entry a cache row: the tensor itself where the step serves all."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from lil_ops import ops
 from lil_ops.cache import Room
+from lil_ops.policies.base import Policy
 from lil_ops.policies.slots import TokenSlots
 
 
@@ -61,9 +62,14 @@ class RKV(TokenSlots):
             return super().prompt_priority(layer, i, chunk, cache)
         return self.score(chunk.k, self.queries[layer][row], cache.page_size)
 
+    def keep(self, layer, i, chunk, cache):
+        kept, row = super().keep(layer, i, chunk, cache), cache.step_of(layer).rows[i]
+        self.expect(layer, row, kept.shape[1], cache.lengths[row])
+        return kept
+
     def write(self, layer, k, v, cache):
         self._cut(layer, cache)
-        return self.write_last(layer, k, v, cache)
+        return Policy.write(self, layer, k, v, cache)
 
     def select(self, layer, q, cache, scale):
         step, queries = cache.step_of(layer), self._queries_of(layer, q.shape[1], cache)
@@ -111,7 +117,8 @@ class RKV(TokenSlots):
             positions = self.held[layer][row, :, : room.total]
             kept = self.best(layer, score, positions, room.kept, cache.lengths[row] - 1)
             keep[i] = kept
-            self.held[layer][row] = F.pad(positions.gather(1, kept), (0, self.buffer), value=-1)
+            self.held[layer][row, :, : room.kept] = positions.gather(1, kept)
+            self.expect(layer, row, room.kept, cache.lengths[row] - 1)
         counts = [room.kept if i in full else 0 for i in range(len(step.rows))]
         counts = torch.tensor(counts, dtype=torch.int32, device=cache.device)
         ops.compact_kv(cache.k[layer], cache.v[layer], step.page_table, keep, counts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from lil_ops.cache import Room
+from lil_ops.policies.base import Policy
 from lil_ops.policies.slots import TokenSlots, prompt_mass
 
 
@@ -34,4 +35,10 @@ class SnapKV(TokenSlots):
             mass[:, :before] = F.avg_pool1d(mass[:, :before], self.NEIGHBOURS, 1, self.NEIGHBOURS // 2)
         return mass
 
-    write = TokenSlots.write_last
+    def keep(self, layer, i, chunk, cache):
+        kept, row = super().keep(layer, i, chunk, cache), cache.step_of(layer).rows[i]
+        self.expect(layer, row, kept.shape[1], cache.lengths[row])
+        return kept
+
+    def write(self, layer, k, v, cache):
+        return Policy.write(self, layer, k, v, cache)
