@@ -33,6 +33,8 @@ from lil_ops.stopping import StopReason
 _LAZY = {
     "StopRuleCriteria": "lil_ops.integrations.criteria",
     "DecodeLoop": "lil_ops.decode",
+    "Engine": "lil_ops.engine",
+    "Request": "lil_ops.engine",
     "LilCache": "lil_ops.integrations.transformers",
     "generate": "lil_ops.decode",
     "load_model": "lil_ops.models",
@@ -41,9 +43,11 @@ _LAZY = {
 __all__ = [
     "Answer",
     "DecodeLoop",
+    "Engine",
     "Guardian",
     "LilCache",
     "Repetition",
+    "Request",
     "Rescue",
     "StopReason",
     "StopRuleCriteria",

@@ -45,9 +45,10 @@ class RepetitionState:
         self.run = torch.zeros(batch, len(self._lag), dtype=torch.int64, device=device)
 
     def check(self, now: Progress) -> None:
-        token = now.tokens.to(self.last.device)[:, None]
-        self.run.add_(1).mul_(self.last[:, self._lag - 1] == token)
-        self.last.copy_(torch.cat([token, self.last[:, :-1]], 1))
+        token, active = now.tokens[:, None], now.active[:, None]
+        run = (self.run + 1) * (self.last[:, self._lag - 1] == token)
+        torch.where(active, run, self.run, out=self.run)
+        self.last.copy_(torch.where(active, torch.cat([token, self.last[:, :-1]], 1), self.last))
         fired = (self.run >= self._needed).any(1) & (now.stop == StopReason.RUNNING)
         now.stop.masked_fill_(fired, StopReason.GUARDIAN)
 

@@ -68,6 +68,7 @@ class DecodeLoop:
             raise ValueError("action: expected a stop rule beside it (guardian=...), got none")
         if isinstance(action, Rescue):
             action.check(self.cache.policy)
+            self.cache.raised_budget = action.budget
         if guardian and guardian.needs_loss:
             self.cache.watch_loss()
         self._cache_argument = cache_argument(model)
@@ -159,8 +160,8 @@ class DecodeLoop:
         self._stop.masked_fill_(ended, StopReason.EOS)
         if self._watch:
             lost = None if self.cache.lost_bits is None else self.cache.lost_bits.cpu()
-            tokens = self._tokens[:, 0]
-            self._watch.check(Progress(tokens, phrases, bits, self._num_tokens, lost, self._stop))
+            now = self._tokens[:, 0], phrases, bits, self._num_tokens, self._counts > 0, lost, self._stop
+            self._watch.check(Progress(*now))
             self._act()
         if step + 1 == self._max_new_tokens:
             self._stop.masked_fill_(self._stop == StopReason.RUNNING, StopReason.LENGTH)
@@ -201,10 +202,8 @@ class DecodeLoop:
                 course.went_on(at)
             if course.limit is not None and at >= course.limit:
                 self._stop[row] = StopReason.LENGTH
-            if course.rescued_until is None:
-                self.cache.raised.pop(row, None)
-            else:
-                self.cache.raised[row] = course.action.budget
+        rescued = [course.rescued_until is not None for course in self._courses]
+        self.cache.raised = torch.tensor(rescued, device=self._model.device) if any(rescued) else None
 
     def _run(self, rows: list[int]) -> None:
         """From here on the model runs these rows only; the others' LZ77 state stays untouched."""

@@ -27,7 +27,7 @@ class Progress(NamedTuple):
     """A batch after a step. All ``[batch]``; means nothing for a sequence that has stopped.
 
     tokens: int64, the newest one of each. phrases, bits: int32, the LZ77 size of what was generated. num_tokens: int32.
-    lost_bits: float32, what attention lost in this step (see `LilCache`); None where nothing tells.
+    active: bool, whether the sequence took a token in this step. lost_bits: float32, what attention lost in this step (see `LilCache`); None where nothing tells.
     stop: int32 `StopReason` codes; a sequence that has stopped keeps its own.
     """
 
@@ -35,6 +35,7 @@ class Progress(NamedTuple):
     phrases: torch.Tensor
     bits: torch.Tensor
     num_tokens: torch.Tensor
+    active: torch.Tensor
     lost_bits: torch.Tensor | None
     stop: torch.Tensor
 
@@ -107,7 +108,8 @@ class Watch:
         phrases, bits = self._tracker.append(newest[None])
         self._seen.append(token)
         count = torch.tensor([len(self._seen)], dtype=torch.int32)
-        self._state.check(Progress(newest, phrases, bits, count, torch.zeros(1), self._stop))
+        active = torch.ones(1, dtype=torch.bool)
+        self._state.check(Progress(newest, phrases, bits, count, active, torch.zeros(1), self._stop))
         self.phrases, self.bits = int(phrases), int(bits)
         if self._interval > 1 and len(self._seen) % self._interval == 0:
             self.gains.append(int(self._state.gain))

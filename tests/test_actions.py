@@ -72,7 +72,7 @@ def test_a_rescue_reads_everything_for_one_interval(model, budget):
     with loop, LogitsLog(model) as again:
         for step, _ in enumerate(loop):
             if step == 5:
-                loop.cache.raised = {0: None, 1: None}
+                loop.cache.raised = torch.ones(2, dtype=torch.bool)
     assert loop.result().tokens == result.tokens and len(before) == 2
     assert all(map(torch.equal, log.logits, again.logits))
     # And it made a difference.
@@ -83,10 +83,10 @@ def test_a_rescue_reads_everything_for_one_interval(model, budget):
 def test_a_raised_row_is_dense_and_leaves_others_alone(model):
     sequences = prompts(50, 50, 33)
     logs = {}
-    for name, raised in {"none": {}, "first": {0: None}, "all": {0: None, 1: None, 2: None}}.items():
+    for name, raised in {"none": [0, 0, 0], "first": [1, 0, 0], "all": [1, 1, 1]}.items():
         loop = DecodeLoop(model, sequences, max_new_tokens=2, eos_token_id=[], **SPARSE)
         with loop, LogitsLog(model) as log:
-            loop.cache.raised = raised
+            loop.cache.raised = torch.tensor(raised, dtype=torch.bool)
             list(loop)
         logs[name] = log.logits[-1]
     loop = DecodeLoop(model, sequences, max_new_tokens=2, eos_token_id=[], page_size=8)
@@ -98,10 +98,10 @@ def test_a_raised_row_is_dense_and_leaves_others_alone(model):
 
 def test_a_raised_budget_reads_the_best_pages_of_it(model):
     logs = []
-    for budget, raised in ((32, {0: 48}), (48, {}), (32, {0: 16}), (32, {})):
+    for budget, raised in ((32, 48), (48, 0), (32, 16), (32, 0)):
         loop = DecodeLoop(model, prompts(70), max_new_tokens=3, eos_token_id=[], **{**SPARSE, "budget": budget})
         with loop, LogitsLog(model) as log:
-            loop.cache.raised = raised
+            loop.cache.raised, loop.cache.raised_budget = torch.tensor([raised > 0]), raised
             list(loop)
         logs.append(log.logits[1])
     assert torch.equal(logs[0], logs[1]) and not torch.equal(logs[0], logs[3])

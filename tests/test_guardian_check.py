@@ -102,7 +102,7 @@ def test_published_rule_over_a_sequence(device):
         phrases, bits = tracker.append(rows[:, step : step + 1])
         num_tokens = torch.full((batch,), step + 1, dtype=torch.int32, device=device)
         newest = rows[:, step].to(device)
-        state.check(Progress(newest, phrases.to(device), bits.to(device), num_tokens, None, stop))
+        state.check(Progress(newest, phrases.to(device), bits.to(device), num_tokens, stop == 0, None, stop))
         stopped_at = [at or (step + 1 if code else None) for at, code in zip(stopped_at, stop.tolist(), strict=True)]
     assert stopped_at == [100, 200, 300]
     assert state.checkpoint[:, 0].tolist() == stopped_at and (state.gain < 4).all()
@@ -125,7 +125,7 @@ def test_state_of_a_guardian(device):
 def test_unit(device, unit, stopped):
     state = Guardian(interval=10, threshold=5, unit=unit).start(1, device)
     phrases, bits, num_tokens, stop = (torch.tensor([n], dtype=torch.int32, device=device) for n in (4, 90, 10, 0))
-    state.check(Progress(num_tokens.long(), phrases, bits, num_tokens, None, stop))
+    state.check(Progress(num_tokens.long(), phrases, bits, num_tokens, stop == 0, None, stop))
     assert stop.item() == stopped and state.gain.item() == (4 if unit == "phrases" else 90)
 
 

@@ -78,7 +78,7 @@ def test_a_batch_is_its_sequences_and_a_place_can_be_used_again(rule):
         for end in range(1, 41):
             phrases, bits = (torch.tensor([s[unit][end - 1] for s in sizes], dtype=torch.int32) for unit in (0, 1))
             count = torch.full((batch,), end, dtype=torch.int32)
-            state.check(Progress(rows[:, end - 1], phrases, bits, count, torch.zeros(batch), stop))
+            state.check(Progress(rows[:, end - 1], phrases, bits, count, stop == 0, torch.zeros(batch), stop))
             assert stop.tolist() == [StopReason.GUARDIAN if at and at <= end else 0 for at in alone], (turn, end)
         for row in range(batch):
             state.reset(row)
@@ -90,7 +90,7 @@ def test_a_sequence_that_has_stopped_keeps_its_reason():
         state, stop = rule.start(1), torch.tensor([StopReason.EOS], dtype=torch.int32)
         for _ in range(4):
             one = torch.ones(1, dtype=torch.int32)
-            state.check(Progress(torch.tensor([5]), one, one, one, None, stop))
+            state.check(Progress(torch.tensor([5]), one, one, one, stop == 0, None, stop))
         assert stop.item() == StopReason.EOS
 
 
@@ -105,7 +105,7 @@ def test_lost_bits_count_against_the_gain(unit, lost, stops):
     for end in range(1, 11):
         phrases, bits, count = (torch.tensor([n * end], dtype=torch.int32) for n in (1, 10, 1))
         per_step = lost if unit == "bits" else lost * 10 / 10
-        state.check(Progress(torch.tensor([end]), phrases, bits, count, torch.tensor([per_step]), stop))
+        state.check(Progress(torch.tensor([end]), phrases, bits, count, stop == 0, torch.tensor([per_step]), stop))
     # The floor takes up to one from the size, and bits come in tens.
     expected = {"bits": 10 * (10 - lost), "phrases": 10 - lost}[unit]
     assert state.gain.item() == pytest.approx(expected, abs=1.01)

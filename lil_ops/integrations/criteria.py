@@ -34,10 +34,11 @@ class StopRuleCriteria(StoppingCriteria):
             self._tracker = Lz77Tracker(batch, self._max_new_tokens, self._vocab_size)
             self._state = self._rule.start(batch)
             self._stop = torch.zeros(batch, dtype=torch.int32)
+        active = torch.ones(batch, dtype=torch.bool)
         for place in range(self._seen, length):
             newest = input_ids[:, place].cpu()
             phrases, bits = self._tracker.append(newest[:, None])
             count = torch.full((batch,), place + 1 - self._prompt_length, dtype=torch.int32)
-            self._state.check(Progress(newest, phrases, bits, count, None, self._stop))
+            self._state.check(Progress(newest, phrases, bits, count, active, None, self._stop))
         self._seen = length
         return (self._stop != StopReason.RUNNING).to(input_ids.device)

@@ -60,6 +60,7 @@ class Policy:
     vectors: int = 2  # in a summary
     mass: str | None = None  # what `mass_of` says of every layer
     watches_prompt: ClassVar[bool] = False
+    on_device: ClassVar[bool] = True  # a decode step decides nothing on the host, so that a CUDA graph can repeat it
     tells_loss: ClassVar[bool] = False  # its selections have scores, from which `ops.information_loss` follows
 
     def __init__(

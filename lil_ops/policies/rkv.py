@@ -28,6 +28,7 @@ class RKV(TokenSlots):
     name = "rkv"
     rule = "cut every `buffer` tokens: keys that the last queries read, and that are unlike the others"
     source = "R-KV, arXiv 2505.24133"
+    on_device = False  # when to cut
     NEIGHBOURS = 7
 
     def __init__(

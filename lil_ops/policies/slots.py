@@ -90,7 +90,7 @@ class TokenSlots(Policy):
         return step.page_table, step.seq_lens
 
     def expect(self, layer: int, row: int, count: int, first: int) -> None:
-        """Write down ahead what comes behind a row's ``count`` tokens, where nothing goes: positions from ``first`` on."""
+        """Write down ahead what comes behind a row's ``count`` tokens, where nothing goes: ``first`` and so on."""
         behind = self.held[layer][row, :, count:]
         behind.copy_(torch.arange(behind.shape[1], device=behind.device) + first)
 
