@@ -12,8 +12,8 @@ from field_serve import serve, size
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import lil_ops  # noqa: E402
-from lil_ops import policies  # noqa: E402
+import lil_ops
+from lil_ops import policies
 
 
 def start(folder: str):
