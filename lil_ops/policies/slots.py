@@ -91,6 +91,15 @@ class TokenSlots(Policy):
         cache.append(layer, k, v, slots=slots)
         return step.page_table, step.seq_lens
 
+    def write_last(self, layer, k, v, cache):
+        """`write` where nothing goes: the new token takes the slot behind the last."""
+        step = cache.step_of(layer)
+        held = step.take(self.held[layer])
+        last = (step.seq_lens - 1).long()[:, None, None].expand(-1, cache.kv_heads, -1)
+        held.scatter_(2, last, (step.positions - 1)[:, None, None].expand_as(last).to(torch.int32))
+        step.put(self.held[layer], held)
+        return Policy.write(self, layer, k, v, cache)
+
 
 def grouped(mass: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """``[batch, q_heads, n]`` -> ``[batch, kv_heads, n]``: the sum over each group."""
