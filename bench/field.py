@@ -37,7 +37,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
@@ -47,7 +47,7 @@ RESULT = BENCH / "results" / "field.json"
 sys.path.insert(0, str(ROOT))
 
 from report import report  # noqa: E402
-from run import _commit, _cpu_name  # noqa: E402
+from run import commit, cpu_name  # noqa: E402
 
 WORKERS = {"lil_ops": "field_lil.py", "kvpress": "field_kvpress.py", "R-KV": "field_rkv.py"}
 
@@ -98,9 +98,11 @@ def runs(budgets: tuple[int, ...], sides: list[str], policies: list[str]) -> Ite
     for side in sides:
         yield Run(side, "dense", None, "full", dense[side])
     for budget in budgets:
-        for name in policies:
-            yield Run("lil_ops", name, budget, name, {"name": name, "budget": budget})
         interval = budget // 4  # kvpress's own proportion: 512 to 2048
+        for name in policies:
+            options = {"buffer": interval, "mix": 0.1} if name == "rkv" else {}
+            label = f"rkv, every {interval}" if name == "rkv" else name
+            yield Run("lil_ops", label, budget, name, {"name": name, "budget": budget, **options})
         if "kvpress" in sides:
             for press, beside in PRESSES.items():
                 if press in EVERY_STEP:
@@ -129,7 +131,7 @@ class Worker:
 
     def __init__(self, python: str, file: str, model: Path, threads: int):
         command = [python, str(BENCH / file), "--model", str(model), "--threads", str(threads)]
-        quiet = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        quiet = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         quiet |= {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | quiet)
@@ -189,18 +191,16 @@ def dense_copy(source: Path, name: str):
 
 def license_prompts(tokenizer, count: int = 8, length: int = 192) -> list[list[int]]:
     """Chats of one length: "Explain this part of a license", about stretches of the repository's own."""
+
+    def chat(text: str) -> list[int]:
+        turn = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+
     words = (ROOT / "LICENSE").read_text().split()
-    prompts = []
-    for i in range(count):
-        text = " ".join(words[i * 150 :])
-        frame = "Explain this part of a license in plain words, with an example:\n\n"
-        chat = [{"role": "user", "content": frame + text}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        end = tokenizer.apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True)["input_ids"]
-        begin = tokenizer.apply_chat_template([{"role": "user", "content": ""}], return_dict=False)
-        tail = end[len(begin) - 2 :]  # the end of the user's turn and the beginning of the answer
-        prompts.append(ids[: length - len(tail)] + tail)
-    return prompts
+    ask = "Explain this part of a license in plain words, with an example:\n\n"
+    chats = [chat(ask + " ".join(words[150 * i : 150 * i + length])) for i in range(count)]
+    end = chats[0][len(chats[0]) - common(chats[0][::-1], chat("?")[::-1]) :]  # from the end of the user's turn on
+    return [ids[: length - len(end)] + end for ids in chats]
 
 
 def problems_of(path: Path, tokenizer) -> tuple[list[list[int]], list[str | None]]:
@@ -263,7 +263,7 @@ def measure(task: Task, prompts, answers, model, tokenizer, pythons: dict, optio
     workers = {side: Worker(python, WORKERS[side], task.model, options.threads) for side, python in pythons.items()}
     versions = {side: worker.versions for side, worker in workers.items()}
     sources = {file: (BENCH / file).read_text() for file in ("field_serve.py", *WORKERS.values())}
-    of_what = {"task": asdict(task) | {"model": None}, "prompts": prompts, "versions": versions, "commit": _commit()}
+    of_what = {"task": asdict(task) | {"model": None}, "prompts": prompts, "versions": versions, "commit": commit()}
     progress = Progress(
         SCRATCH / f"{task.name}.jsonl", of_what | {"sources": sources, "threads": options.threads}, options.fresh
     )
@@ -319,6 +319,7 @@ def main() -> None:
     parser.add_argument("--answer", default=r"#(\d+)", help="a pattern whose group is an output's answer")
     parser.add_argument("--only", choices=["problems", "smollm2"], help="one task; the result keeps the other's rows")
     parser.add_argument("--limit", type=int, help="so many prompts of each task at most")
+    parser.add_argument("--quick", action="store_true", help="a small run, to try it; its result stays in build")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fresh", action="store_true", help="forget what an interrupted run has measured")
     arguments = parser.parse_args()
@@ -328,31 +329,35 @@ def main() -> None:
     pythons = {side: python for side, python in pythons.items() if python}
     SCRATCH.mkdir(parents=True, exist_ok=True)
 
+    result_file = SCRATCH / "quick.json" if arguments.quick else RESULT
+    limit = 2 if arguments.quick else arguments.limit
     tasks = {}
-    if RESULT.exists() and arguments.only:
-        tasks = {task["name"]: task for task in json.loads(RESULT.read_text())["tasks"]}
+    if result_file.exists() and arguments.only:
+        tasks = {task["name"]: task for task in json.loads(result_file.read_text())["tasks"]}
     if arguments.model and arguments.only != "smollm2":
         folder, model, tokenizer = dense_copy(arguments.model, "problems-model")
         prompts, answers = problems_of(arguments.prompts, tokenizer)
-        prompts, answers = prompts[: arguments.limit], answers[: arguments.limit]
         task = Task("problems", folder, budgets=(64, 128), new=512, timed=2, timed_new=256)
-        tasks["problems"] = measure(task, prompts, answers, model, tokenizer, pythons, arguments)
+        task = replace(task, new=40, timed=1, timed_new=40) if arguments.quick else task
+        found = measure(task, prompts[:limit], answers[:limit], model, tokenizer, pythons, arguments)
+        tasks["problems"] = found
     if arguments.only != "problems":
         folder, model, tokenizer = dense_copy(arguments.smollm2, "smollm2-model")
-        prompts = license_prompts(tokenizer)[: arguments.limit]
-        task = Task("smollm2", folder, budgets=(128,), new=96, timed=1, timed_new=64)
-        tasks["smollm2"] = measure(task, prompts, None, model, tokenizer, pythons, arguments)
+        task = Task("smollm2", folder, budgets=(128,), new=64, timed=1, timed_new=48)
+        task = replace(task, new=12, timed_new=6) if arguments.quick else task
+        tasks["smollm2"] = measure(task, license_prompts(tokenizer)[:limit], None, model, tokenizer, pythons, arguments)
 
     result = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": _commit(),
-        "machine": {"cpu": _cpu_name(), "threads": arguments.threads},
+        "commit": commit(),
+        "machine": {"cpu": cpu_name(), "threads": arguments.threads},
         "command": "bench/field.py " + " ".join(f"{name} ..." for name in sys.argv[1:] if name.startswith("--")),
         "tasks": list(tasks.values()),
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    report()
+    result_file.parent.mkdir(exist_ok=True)
+    result_file.write_text(json.dumps(result, indent=1) + "\n")
+    if not arguments.quick:
+        report()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The worker of field.py for R-KV's own code (github.com/Zefan-Cai/R-KV): an environment where `import rkv` works.
 
 R-KV replaces transformers' attention; it compresses the prompt, and then every ``interval`` tokens, to ``budget``
-tokens. One sequence at a time: its similarity looks at the first of a batch only. Without a budget (dense) it runs the
+tokens. Then one sequence at a time: its similarity looks at the first of a batch only. Without a budget (dense) it runs the
 same replaced attention, and compresses never.
 """
 
@@ -15,11 +15,11 @@ from field_serve import decode, serve
 from rkv import replace_llama
 
 NEVER = 1 << 40
-# What its own evaluation script sets (run_math.py), and the window that its method has by default.
+# The defaults of its evaluation script (run_math.py): window, mix and similarity; our policy `rkv` has the same.
 METHOD = {
     "budget": NEVER,
     "window_size": 8,
-    "mix_lambda": 0.07,
+    "mix_lambda": 0.1,
     "retain_ratio": 0.2,
     "retain_direction": "last",
     "first_tokens": 4,
@@ -31,7 +31,7 @@ def start(folder: str):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").float().eval()
     model.config.update({"divide_method": "step_length", "compression_content": "all"})
 
-    def single(request: dict) -> dict:
+    def together(request: dict) -> dict:
         spec = request["spec"]
         model.config.update({"divide_length": spec["interval"] or NEVER})
         model.length = 0  # it counts on from one generation to the next
@@ -48,7 +48,9 @@ def start(folder: str):
         )
 
     def answer(request: dict) -> dict:
-        replies = [single(request | {"prompts": [prompt]}) for prompt in request["prompts"]]
+        if request["spec"]["budget"] is None:
+            return together(request)
+        replies = [together(request | {"prompts": [prompt]}) for prompt in request["prompts"]]
         return {
             "tokens": [reply["tokens"][0] for reply in replies],
             "step_seconds": [seconds for reply in replies for seconds in reply["step_seconds"]],

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-HEAD = """## Against the field
+import textwrap
 
-{cpu}, {threads} threads; {date}, commit {commit}; `{command}`. The same float32 weights, token ids and budgets, greedy,
-in one run; a process for each environment: {versions}.
+HEAD = """{cpu}; threads: {threads}; {date}, commit {commit}; `{command}`. The same float32 weights, token ids and
+budgets, greedy, in one run; a process for each environment: {versions}."""
 
+HOW = """
 *Tokens/s*: one over the median time between tokens of a sequence alone; its prefill is not counted. *KV*: that
 sequence's cache at its largest between two steps: ours in whole pages of 16 tokens, with the summaries of pages;
-theirs the key and value tensors. *State*: what a method keeps beside the cache: our policies' positions and priorities,
-kvpress's buffer of hidden states, R-KV's of queries. *RSS*: the process at its largest, which is weights and libraries
-for the most part. *Length*: mean tokens of an output. *Same*: outputs with the answer that our dense decoding gives;
-without answers: the mean share of an output before the first token that differs. *Right*: outputs with the true answer.
+theirs the key and value tensors. Copies that last for a part of a step are not counted. *State*: what a method keeps
+beside the cache: our policies' positions and priorities, kvpress's buffer of hidden states, R-KV's of queries. *RSS*:
+the process at its largest, which is weights and libraries for the most part. *Length*: mean tokens of an output.
+*Same*: outputs with the answer that our dense decoding gives; without answers: the mean share of an output before the
+first token that differs. *Right*: outputs with the true answer.
 
 What is equal: keys keep the positions they were written with, and new tokens count on. `sink` and StreamingLLMPress
 have the same rule and 4 sink tokens, `tova` and TOVAPress the same rule. What is not:
@@ -42,16 +44,17 @@ behind.
 def field_lines(result: dict) -> list[str]:
     sides = {side: found for task in result["tasks"] for side, found in task["versions"].items()}
     versions = "; ".join(f"{side} ({_versions(found)})" for side, found in sides.items())
-    lines = HEAD.format(**result | result["machine"], versions=versions).splitlines()
+    head = HEAD.format(**result | result["machine"], versions=versions)
+    lines = ["## Against the field", "", *textwrap.wrap(head, 120, break_on_hyphens=False), *HOW.splitlines()]
     for task in result["tasks"]:
         rows = task["rows"]
         title = {"problems": "Problems with answers", "smollm2": "SmolLM2-135M-Instruct"}[task["name"]]
         size = f"{task['parameters'] / 1e6:.1f} million parameters, {task['layers']} layers"
         text = (
-            f"{size}; {rows[0]['problems']} prompts of {task['prompt']} tokens, outputs of {task['new']} tokens at most. "
+            f"{size}; {rows[0]['problems']} prompts of {task['prompt']} tokens, outputs of {task['new']} at most. "
             f"Time and memory: {task['timed']} of them alone, {task['timed_new']} tokens each."
         )
-        lines += ["", f"### {title}", "", text]
+        lines += ["", f"### {title}", "", *textwrap.wrap(text, 120)]
         lines += ["", *(f"Left out: {line}." for line in task["left_out"])] if task["left_out"] else []
         lines += ["", *TABLE.splitlines(), *map(_row, rows), "", *PAIRS.splitlines(), *_pairs(rows)]
     return lines
@@ -81,7 +84,8 @@ def _pairs(rows: list[dict]) -> list[str]:
             speed = our["tbt_ms"] and row["tbt_ms"] / our["tbt_ms"]
             theirs = f"{row['side']} {row['method']}"
             cells = [our["budget"] or "", our["method"], theirs, _bold(f"{speed:.2f}x", speed < 1)]
-            cells += [_bold(f"{memory:.2f}x", memory > 1), _against("same_answer" if "right" in our else "agree", our, row)]
+            same = "same_answer" if "right" in our else "agree"
+            cells += [_bold(f"{memory:.2f}x", memory > 1), _against(same, our, row)]
             cells += [_against("right", our, row) if "right" in our else ""]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines

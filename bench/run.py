@@ -43,8 +43,8 @@ def run(arguments: list[str]) -> None:
     build = lil_ops.build_info()
     result = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": _commit(),
-        "machine": {"cpu": _cpu_name(), "threads": 2, "isa": build["isa"]},
+        "commit": commit(),
+        "machine": {"cpu": cpu_name(), "threads": 2, "isa": build["isa"]},
         "versions": {name: build[name] for name in ("lil_ops", "python", "torch")},
         "command": "make bench",
         "cases": cases,
@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> None:
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit that was measured; a + behind it says that the sources were changed since."""
     return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "csrc", "lil_ops") else "")
 
@@ -62,7 +62,7 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=BENCH, capture_output=True, text=True).stdout.strip()
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
