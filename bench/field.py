@@ -337,7 +337,7 @@ def main() -> None:
     if arguments.model and arguments.only != "smollm2":
         folder, model, tokenizer = dense_copy(arguments.model, "problems-model")
         prompts, answers = problems_of(arguments.prompts, tokenizer)
-        task = Task("problems", folder, budgets=(64, 128), new=512, timed=2, timed_new=256)
+        task = Task("problems", folder, budgets=(128, 256), new=512, timed=2, timed_new=256)
         task = replace(task, new=40, timed=1, timed_new=40) if arguments.quick else task
         found = measure(task, prompts[:limit], answers[:limit], model, tokenizer, pythons, arguments)
         tasks["problems"] = found

@@ -1,8 +1,8 @@
 """The worker of field.py for R-KV's own code (github.com/Zefan-Cai/R-KV): an environment where `import rkv` works.
 
 R-KV replaces transformers' attention; it compresses the prompt, and then every ``interval`` tokens, to ``budget``
-tokens. Then one sequence at a time: its similarity looks at the first of a batch only. Without a budget (dense) it runs the
-same replaced attention, and compresses never.
+tokens: one sequence at a time, because its similarity looks at the first of a batch only. Without a budget (dense) the
+same replaced attention compresses never.
 """
 
 from __future__ import annotations

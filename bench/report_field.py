@@ -16,16 +16,19 @@ the process at its largest, which is weights and libraries for the most part. *L
 *Same*: outputs with the answer that our dense decoding gives; without answers: the mean share of an output before the
 first token that differs. *Right*: outputs with the true answer.
 
-What is equal: keys keep the positions they were written with, and new tokens count on. `sink` and StreamingLLMPress
-have the same rule and 4 sink tokens, `tova` and TOVAPress the same rule. What is not:
+What is equal: keys keep the positions they were written with, and new tokens count on. What is not:
 
 - kvpress compresses every so many steps, to its `target_size`. *Every step*: to one less than the budget, so that with
   the new token its heads read as many as ours. *Every n*: to the budget, a quarter of it apart (its own proportion), so
   that in between it holds and reads up to a quarter more than ours.
 - Our bounded policies and R-KV cut a prompt to the budget at once; kvpress's DecodingPress leaves it whole until the
   first compression.
+- kvpress keeps a cache in the order of `topk`, that is of scores. StreamingLLMPress and ObservedAttentionPress score by
+  place, as if it were the order of time: within a DecodingPress the first does not go on holding the first 4 and the
+  last tokens, which `sink` does.
+- `tova` and TOVAPress have the same rule, but that TOVAPress never lets go of the newest token.
 - `h2o` adds up attention over all steps and keeps the recent half. ObservedAttentionPress, which needs eager attention,
-  sees within a DecodingPress the weights of the step that compresses alone, divided by the tokens since.
+  sees within a DecodingPress the weights of the step that compresses alone, divided by the places behind.
 - `snapkv` cuts the prompt and holds all that is generated. SnapKVPress within a DecodingPress cuts everything, by the
   last queries (half an interval), all of them turned to the present position.
 - KeyDiffPress stands beside `rkv` as kvpress's nearest: it lets go of keys near the mean key, without attention.
