@@ -189,8 +189,11 @@ def dense_copy(source: Path, name: str):
     return folder, model, tokenizer
 
 
-def license_prompts(tokenizer, count: int = 8, length: int = 192) -> list[list[int]]:
-    """Chats of one length: "Explain this part of a license", about stretches of the repository's own."""
+def license_prompts(tokenizer, count: int = 8, length: int = 96) -> list[list[int]]:
+    """Chats of one length: "Explain this part of a license", about stretches of the repository's own.
+
+    Shorter than the budget: kvpress would hold a longer prompt whole for a while, and so be dense where ours is not.
+    """
 
     def chat(text: str) -> list[int]:
         turn = [{"role": "user", "content": text}]
@@ -249,61 +252,72 @@ def quality(
     return row
 
 
+def row_of(run: Run, alone: list[dict], compared: dict) -> dict:
+    """A method's figures; time and memory are those of sequences alone."""
+    seconds = [second for reply in alone for second in reply["step_seconds"]]
+    resident = [reply["rss_bytes"] for reply in alone if reply["rss_bytes"]]
+    return {
+        "side": run.side,
+        "method": run.label,
+        "budget": run.budget,
+        "beside": run.beside,
+        "tbt_ms": round(statistics.median(seconds) * 1e3, 3),
+        "tbt_mean_ms": round(statistics.mean(seconds) * 1e3, 3),
+        **{name: max(reply[name] for reply in alone) for name in ("kv_bytes", "state_bytes")},
+        "rss_bytes": max(resident, default=None),
+        **compared,
+    }
+
+
 def measure(task: Task, prompts, answers, model, tokenizer, pythons: dict, options: argparse.Namespace) -> dict:
     from lil_ops.policies import POLICIES as OURS
 
     policies = [name for name in POLICIES if name in OURS]
     left_out = [f"lil_ops has no policy {name!r}" for name in POLICIES if name not in policies]
     left_out += [f"no environment was given for {side}" for side in WORKERS if side not in pythons]
-    for line in left_out:
-        print(f"{task.name}: left out: {line}", flush=True)
     todo = list(runs(task.budgets, list(pythons), policies))
     eos = model.generation_config.eos_token_id
     eos = eos if isinstance(eos, list) else [eos]
     workers = {side: Worker(python, WORKERS[side], task.model, options.threads) for side, python in pythons.items()}
     versions = {side: worker.versions for side, worker in workers.items()}
-    sources = {file: (BENCH / file).read_text() for file in ("field_serve.py", *WORKERS.values())}
-    of_what = {"task": asdict(task) | {"model": None}, "prompts": prompts, "versions": versions, "commit": commit()}
-    progress = Progress(
-        SCRATCH / f"{task.name}.jsonl", of_what | {"sources": sources, "threads": options.threads}, options.fresh
-    )
+    of_what = {
+        "task": asdict(task) | {"model": None},
+        "runs": [asdict(run) for run in todo],
+        "prompts": prompts,
+        "versions": versions,
+        "sources": [(BENCH / file).read_text() for file in ("field_serve.py", *WORKERS.values())],
+        "commit": commit(),
+        "threads": options.threads,
+    }
+    file = SCRATCH / f"{task.name}{'-quick' if options.quick else ''}.jsonl"
+    progress = Progress(file, of_what, options.fresh)
     steps = len(todo) * (1 + task.timed)
 
     def ask(what: str, run: Run, **request) -> dict:
         before = time.perf_counter()
         reply = progress.get(f"{what}, {run.key}", lambda: workers[run.side].ask(spec=run.spec, **request))
-        done = len(progress.replies)
-        print(f"{task.name} {done}/{steps}: {what}, {run.key}: {time.perf_counter() - before:.1f} s", flush=True)
+        done, seconds = len(progress.replies), time.perf_counter() - before
+        print(f"{task.name} {done}/{steps}: {what}, {run.key}: {seconds:.1f} s", flush=True)
         return reply
 
     said = {run.key: ask("all", run, prompts=prompts, new=task.new, eos=eos) for run in todo}
-    todo_timed = []
-    for run in todo:
-        if "error" in said[run.key]:
-            left_out.append(f"{run.key}: {said[run.key]['error']}")
-        else:
-            todo_timed.append(run)
+    left_out += [f"{key}: {reply['error']}" for key, reply in said.items() if "error" in reply]
+    todo = [run for run in todo if "error" not in said[run.key]]
     alone: dict[str, list[dict]] = collections.defaultdict(list)
-    for i in range(task.timed):
-        for run in todo_timed:
-            request = {"prompts": [prompts[i]], "new": task.timed_new, "eos": []}
-            alone[run.key].append(ask(f"alone {i}", run, **request))
+    for i in range(min(task.timed, len(prompts))):
+        for run in todo:
+            alone[run.key].append(ask(f"alone {i}", run, prompts=[prompts[i]], new=task.timed_new, eos=[]))
     for worker in workers.values():
         worker.close()
+    for line in left_out:
+        print(f"{task.name}: left out: {line}", flush=True)
 
     dense = said[todo[0].key]["tokens"]
-    texts = {key: tokenizer.batch_decode(reply["tokens"]) for key, reply in said.items() if "tokens" in reply}
     rows = []
-    for run in todo_timed:
-        outputs, timed = said[run.key]["tokens"], alone[run.key]
-        seconds = statistics.median(second for reply in timed for second in reply["step_seconds"])
-        rss = [reply["rss_bytes"] for reply in timed if reply["rss_bytes"]]
-        row = {"side": run.side, "method": run.label, "budget": run.budget, "beside": run.beside}
-        row |= {"tokens_per_s": round(1 / seconds, 1), "tbt_ms": round(seconds * 1e3, 3)}
-        row |= {name: max(reply[name] for reply in timed) for name in ("kv_bytes", "state_bytes")}
-        row |= {"rss_bytes": max(rss, default=None)}
-        row |= quality(outputs, dense, eos, answers, texts[run.key], texts[todo[0].key], options.answer)
-        rows.append(row)
+    for run in todo:
+        outputs = said[run.key]["tokens"]
+        texts = tokenizer.batch_decode(outputs), tokenizer.batch_decode(dense)
+        rows.append(row_of(run, alone[run.key], quality(outputs, dense, eos, answers, *texts, options.answer)))
     facts = {"new": task.new, "timed": task.timed, "timed_new": task.timed_new, "prompt": len(prompts[0])}
     shape = {"parameters": sum(p.numel() for p in model.parameters()), "layers": model.config.num_hidden_layers}
     return {"name": task.name, "versions": versions, "left_out": left_out, **facts, **shape, "rows": rows}
@@ -343,7 +357,7 @@ def main() -> None:
         tasks["problems"] = found
     if arguments.only != "problems":
         folder, model, tokenizer = dense_copy(arguments.smollm2, "smollm2-model")
-        task = Task("smollm2", folder, budgets=(128,), new=64, timed=1, timed_new=48)
+        task = Task("smollm2", folder, budgets=(128,), new=96, timed=1, timed_new=64)
         task = replace(task, new=12, timed_new=6) if arguments.quick else task
         tasks["smollm2"] = measure(task, license_prompts(tokenizer)[:limit], None, model, tokenizer, pythons, arguments)
 
