@@ -365,7 +365,7 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": commit(),
         "machine": {"cpu": cpu_name(), "threads": arguments.threads},
-        "command": "bench/field.py " + " ".join(f"{name} ..." for name in sys.argv[1:] if name.startswith("--")),
+        "command": " ".join(["bench/field.py", *("..." if "/" in word else word for word in sys.argv[1:])]),
         "tasks": list(tasks.values()),
     }
     result_file.parent.mkdir(exist_ok=True)
