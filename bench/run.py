@@ -50,7 +50,7 @@ def stamp(command: str, threads: int) -> dict:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": commit(),
-        "machine": {"cpu": _cpu_name(), "threads": threads, "isa": build["isa"]},
+        "machine": {"cpu": cpu_name(), "threads": threads, "isa": build["isa"]},
         "versions": {name: build[name] for name in ("lil_ops", "python", "torch")},
         "command": command,
     }
@@ -65,7 +65,7 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=BENCH, capture_output=True, text=True).stdout.strip()
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
