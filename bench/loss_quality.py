@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How near the information loss is to the truth on a real model: bench/loss_quality.py [--model FOLDER] [--text FILE]
 
-The model reads a text and goes on for some steps under Quest. In every layer and step, for each query head, the share of
-the softmax mass that the selected pages miss is known exactly (attention over all pages is computed beside), and is
+The model reads a text and goes on for some steps under Quest. In every layer and step, for each query head, the share
+of the softmax mass that the selected pages miss is known exactly (attention over all pages is computed beside), and is
 compared with `information_loss` from min/max scores (a bound) and from mean/deviation scores (an estimate). Pages are
 selected by the mode that is judged. Writes bench/results/loss.json, and docs/performance.md from it.
 """
