@@ -14,7 +14,7 @@ from lil_ops.cli.runs import Decoder, Outcome, plan
 from lil_ops.cli.text import Detokenizer
 
 POLICY, STOP, GENERATION, MODEL, OUTPUT = "Policy", "Early stop", "Generation", "Model and machine", "Output"
-POLICY_OPTIONS = ("budget", "sink", "recent", "protect_prompt", "dense_layers", "scoring")
+POLICY_OPTIONS = ("budget", "sink", "recent", "protect_prompt", "dense_layers", "scoring", "summary_dtype")
 GUARDIAN_OPTIONS = ("interval", "threshold", "unit")
 LOOP_OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "page_size")
 
@@ -50,6 +50,10 @@ def generate(
     scoring: Annotated[
         Literal["minmax", "meanstd"] | None,
         _option(POLICY, "Quest: bound a page's logits, or estimate its mass.", show_default="minmax"),
+    ] = None,
+    summary_dtype: Annotated[
+        Literal["float8"] | None,
+        _option(POLICY, "Quest: what page summaries are stored as.", show_default="as the KV cache"),
     ] = None,
     guardian: Annotated[
         bool, _option(STOP, "Stop when the output carries almost no new information.", show_default=True)
