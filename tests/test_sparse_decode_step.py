@@ -252,6 +252,30 @@ def test_a_covering_budget_is_dense_attention(device):
     assert (loss == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pages_that_float8_cannot_bound_are_read_first(device, dtype):
+    """And where they do not fit in the budget, the loss is NaN instead of a bound that is none."""
+    cache = paged(device, [320, 320], dtype=dtype, summary_dtype=FLOAT8)
+    large = {0: [3, 7], 1: [2, 5, 6, 9]}
+    tables = cache.page_table, cache.seq_lens
+    slots = torch.zeros(2, 2, dtype=torch.int32, device=device)
+    for turn in range(4):
+        k = torch.zeros(2, 2, 64, device=device, dtype=dtype)
+        k[:, 0, 5] = 500.0
+        for b, pages in large.items():
+            slots[b] = pages[turn % len(pages)] * 16 + 1
+        lil_ops.append_kv(cache.k, cache.v, cache.summary, k, k, *tables, slots=slots)
+    arguments = step_arguments(cache, 2, dtype)
+    loss = empty_loss(arguments[0])
+    lil_ops.sparse_decode_step(*copies(arguments), 64, loss=loss)
+    assert loss[0].isfinite().all() and loss[1, :2].isnan().all() and loss[1, 2:].isfinite().all()
+    scores = lil_ops.score_pages(arguments[0], cache.summary, *tables, 16)
+    assert [scores[b, 0].isnan().nonzero().flatten().tolist() for b in range(2)] == list(large.values())
+    pages, _ = lil_ops.select_pages(scores, cache.seq_lens, 16, 64)
+    assert {3, 7, 19} < set(pages[0, 0].tolist()) and pages[1, 0].tolist() == [2, 5, 6, 19]
+    check(arguments, 64)
+
+
 def test_the_loss_bounds_what_was_not_read(device):
     cache = paged(device, [1000, 300], head_dim=128, dtype=torch.bfloat16)
     arguments = step_arguments(cache, 4, torch.bfloat16)
