@@ -42,11 +42,13 @@ struct KvCache {
 };
 
 // Page summaries, [num_pages, kv_heads, vectors, head_dim]; the last two dimensions are contiguous. data is null where
-// the caller keeps none. Summaries of float8 keys are of the stored values, before the scale.
+// the caller keeps none. Summaries of float8 keys are of the stored values, before the scale; those of wider keys may
+// be float8 too.
 struct Summary {
   void* data;
   int64_t stride_page, stride_head, vectors;
   SummaryMode mode;
+  DType dtype;
 };
 
 struct AppendKvParams {
@@ -65,7 +67,7 @@ struct AppendKvParams {
 struct ScorePagesParams {
   const void* q;  // [batch, q_heads, head_dim]
   int64_t q_stride_b, q_stride_h;
-  DType q_dtype, summary_dtype;
+  DType q_dtype;
   Summary summary;
   Scale k_scale;
   int64_t num_pages;

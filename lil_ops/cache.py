@@ -161,6 +161,7 @@ class PagedKVCache:
         num_pages: size of each pool; default: every row full.
         summary_mode: keep page summaries (see `lil_ops.append_kv`): ``"minmax"``, ``"meanstd"``; or
             ``"representative"``, which a policy fills. vectors: vectors in a summary, for ``"representative"``.
+        summary_dtype: of the summaries: ``dtype``, which is the default, or ``torch.float8_e4m3fn``.
         rooms: one `Room` a layer.
 
     Buffers, one a layer: ``k``, ``v`` ``[num_pages, kv_heads, page_size, head_dim]`` and ``summary`` (or None). They
@@ -181,6 +182,7 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
         summary_mode: str | None = None,
         vectors: int = 2,
+        summary_dtype: torch.dtype | None = None,
         rooms: Sequence[Room] | None = None,
     ):
         if batch < 1 or max_tokens < 1:
@@ -192,6 +194,11 @@ class PagedKVCache:
                 f"PagedKVCache: summary_mode: expected None, 'minmax', 'meanstd' or 'representative', "
                 f"got {summary_mode!r}"
             )
+        summary_dtype = dtype if summary_dtype is None else summary_dtype
+        if summary_dtype not in (dtype, torch.float8_e4m3fn):
+            raise ValueError(
+                f"PagedKVCache: summary_dtype: expected {dtype} or torch.float8_e4m3fn, got {summary_dtype}"
+            )
         rooms = [ALL] * num_layers if rooms is None else list(rooms)
         if len(rooms) != num_layers:
             raise ValueError(f"PagedKVCache: rooms: expected one for each of {num_layers} layers, got {len(rooms)}")
@@ -200,17 +207,17 @@ class PagedKVCache:
         self.kv_heads, self.head_dim, self.dtype, self.device = kv_heads, head_dim, dtype, torch.device(device)
         self._pools = {room: Pool(room, batch, max_tokens, page_size, num_pages, device) for room in rooms or [ALL]}
 
-        def buffers(*shape: int, spare: int = 0) -> list[torch.Tensor]:
-            sizes = [self._pools[room].num_pages + spare for room in rooms]
-            return [huge_pages(torch.empty((pages, *shape), dtype=dtype, device=device)) for pages in sizes]
+        def buffers(rows: int, dtype: torch.dtype, spare: int = 0) -> list[torch.Tensor]:
+            pools = [self._pools[room] for room in rooms]
+            for pool in pools:
+                pool.page_bytes += kv_heads * rows * head_dim * dtype.itemsize
+            shapes = [(pool.num_pages + spare, kv_heads, rows, head_dim) for pool in pools]
+            return [huge_pages(torch.empty(shape, dtype=dtype, device=device)) for shape in shapes]
 
-        self.k, self.v = (buffers(kv_heads, page_size, head_dim) for _ in range(2))
+        self.k, self.v = (buffers(page_size, dtype) for _ in range(2))
         # Where a policy fills the summaries, the last one is nobody's: that of page -1, which is not mapped.
         spare = int(summary_mode == "representative")
-        self.summary = buffers(kv_heads, vectors, head_dim, spare=spare) if summary_mode else [None] * num_layers
-        rows = page_size + page_size + (vectors if summary_mode else 0)
-        for room in rooms:
-            self._pools[room].page_bytes += kv_heads * rows * head_dim * dtype.itemsize
+        self.summary = buffers(vectors, summary_dtype, spare) if summary_mode else [None] * num_layers
 
         self.prompt_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.lengths = [0] * batch  # host side: tokens of each row, forgotten ones included

@@ -15,9 +15,13 @@ AppendKvParams append_kv_params(const char* op, Tensor& k_cache, Tensor& v_cache
   KvCache cache = make_kv_cache(k_cache, v_cache, k_scale, v_scale, op);
   const SummaryMode summary_mode = check_made_summary(mode, op);
   Summary pages{};
+  pages.dtype = cache.dtype;
   if (summary) {
-    pages = make_summary(*summary, k_cache, op, cache.num_pages, cache.kv_heads, cache.head_dim, k_cache.scalar_type(),
-                         summary_mode);
+    const ScalarType stored = k_cache.scalar_type();
+    LIL_CHECK(summary->scalar_type() == stored || is_float8(*summary), op, "summary",
+              text(is_float8(k_cache) ? "" : text(torch::headeronly::toString(stored), " or "), "Float8_e4m3fn"),
+              torch::headeronly::toString(summary->scalar_type()));
+    pages = make_summary(*summary, k_cache, op, cache.num_pages, cache.kv_heads, cache.head_dim, summary_mode);
     check_aligned(*summary, op, "summary", Backend::kAlignment);
   }
   const char* meaning = "[tokens, kv_heads, head_dim]";

@@ -14,7 +14,7 @@ from lil_ops.cli.runs import Decoder, Outcome, make_action, plan
 from lil_ops.cli.text import Detokenizer
 
 POLICY, STOP, GENERATION, MODEL, OUTPUT = "Policy", "Early stop", "Generation", "Model and machine", "Output"
-POLICY_OPTIONS = ("sink", "recent", "protect_prompt", "dense_layers", "scoring")
+POLICY_OPTIONS = ("sink", "recent", "protect_prompt", "dense_layers", "scoring", "summary_dtype")
 GUARDIAN_OPTIONS = ("interval", "threshold", "unit", "loss_aware")
 LOOP_OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "page_size")
 
@@ -58,6 +58,10 @@ def generate(
     scoring: Annotated[
         Literal["minmax", "meanstd"] | None,
         _option(POLICY, "Quest: bound a page's logits, or estimate its mass.", show_default="minmax"),
+    ] = None,
+    summary_dtype: Annotated[
+        Literal["float8"] | None,
+        _option(POLICY, "Quest: what page summaries are stored as.", show_default="as the KV cache"),
     ] = None,
     policy_option: Annotated[
         list[str] | None,

@@ -124,6 +124,7 @@ class LilCache(Cache):
             device=model.device,
             summary_mode=self.policy.summary_mode,
             vectors=self.policy.vectors,
+            summary_dtype=self.policy.summary_dtype,
             rooms=[room if managed else ALL for room, managed in zip(rooms, self._managed, strict=True)],
         )
         self.rows = list(range(batch))

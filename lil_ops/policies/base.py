@@ -58,6 +58,7 @@ class Policy:
     by_tokens: ClassVar[bool] = False  # what is read, and counted, is single tokens instead of pages
     summary_mode: str | None = None  # what the cache keeps of each page's keys, see `PagedKVCache`; None: nothing
     vectors: int = 2  # in a summary
+    summary_dtype: torch.dtype | None = None  # None: the cache's
     mass: str | None = None  # what `mass_of` says of every layer
     watches_prompt: ClassVar[bool] = False
     on_device: ClassVar[bool] = True  # a decode step decides nothing on the host, so that a CUDA graph can repeat it
