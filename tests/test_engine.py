@@ -1,12 +1,24 @@
 """The engine: the same sequences as `generate` gives, in slots that come and go."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import build, prompts
 
+import lil_ops
 from lil_ops import Answer, Engine, Guardian, Repetition, Request, Rescue, StopReason, TokenBudget, generate
 from lil_ops.cache import OutOfPagesError
 
+OPERATORS = [
+    "append_kv",
+    "sparse_decode",
+    "evict_pages",
+    "fold_mass",
+    "information_loss",
+    "lz77_append",
+    "guardian_check",
+]
 POLICIES = {
     "full": {},
     "sink": {"budget": 32},
@@ -22,14 +34,14 @@ LENGTHS = [20, 3, 41, 9, 17, 30, 1]
 NEW = [24, 40, 7, 1, 33, 12, 18]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return build("llama")
+@pytest.fixture
+def model(device):
+    return build("llama").to(device)
 
 
 def served(model, requests, slots=3, **options):
-    """The completions, in the order of the requests."""
-    with Engine(model, slots=slots, max_tokens=96, graph=False, **options) as engine:
+    """The completions, in the order of the requests; on CUDA out of a graph."""
+    with Engine(model, slots=slots, max_tokens=96, graph=model.device.type == "cuda", **options) as engine:
         completions = list(engine.run(requests))
         assert engine.free_slots == slots and engine.cache.kv.bytes_in_use == 0
     by_request = {id(completion.request): completion for completion in completions}
@@ -101,7 +113,7 @@ def test_a_loss_aware_rule(model, requests):
 
 
 def test_pages_of_whole_sequences_are_taken_at_once_or_not_at_all(model):
-    with Engine(model, slots=2, max_tokens=64, num_pages=5, graph=False) as engine:
+    with Engine(model, slots=2, max_tokens=64, num_pages=5) as engine:
         engine.add(Request(prompts(20)[0], max_new_tokens=13))  # 32 tokens are cached: 2 pages
         with pytest.raises(OutOfPagesError, match=r"needs 4 more pages .* 1 short"):
             engine.add(Request(prompts(30)[0], max_new_tokens=30))
@@ -114,6 +126,32 @@ def test_pages_of_whole_sequences_are_taken_at_once_or_not_at_all(model):
 def test_policies_that_decide_on_the_host(model):
     with pytest.raises(ValueError, match="policy rkv decides on the host"):
         Engine(model, slots=1, max_tokens=64, policy="rkv", budget=32)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_graph_gives_the_bits_of_its_step_and_no_step_waits(model, requests, policy):
+    """On CUDA; elsewhere there is no graph, and both are the same."""
+    cuda, outputs = model.device.type == "cuda", []
+    for graph in (cuda, False):
+        options = {"policy": policy, **POLICIES[policy], "page_size": 8, "lag": 99, "temperature": 0.8}
+        with Engine(model, slots=3, max_tokens=96, graph=graph, **options) as engine:
+            for request in requests[:3]:
+                engine.add(replace(request, max_new_tokens=50))
+            engine.step()  # captures
+            if cuda:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                for _ in range(48):
+                    engine.step()
+            finally:
+                if cuda:
+                    torch.cuda.set_sync_debug_mode("default")
+            done = engine.completed(wait=True)
+        assert [completion.stop_reason for completion in done] == [StopReason.LENGTH] * 3
+        outputs.append([completion.tokens for completion in done])
+    assert outputs[0] == outputs[1] and all(len(tokens) == 50 for tokens in outputs[0])
+    if cuda:
+        lil_ops.check_errors()
 
 
 def test_many_sequences_through_few_slots(model):
