@@ -106,8 +106,8 @@ class InfLLM(Policy):
         return step.page_table.gather(1, page)[:, 0].long(), page[..., None] * self.page_size + self._within
 
     def _heaviest(self, weight: torch.Tensor) -> torch.Tensor:
-        """``[..., page_size]`` -> ``[..., representatives]``: places of the heaviest, of equals the first."""
-        return weight.argsort(dim=-1, descending=True, stable=True)[..., : self.representatives]
+        """``[..., page_size]`` -> ``[..., representatives]``: places of the heaviest, of equals any."""
+        return weight.topk(self.representatives, sorted=False).indices
 
     def _represent(self, layer, cache, physical, keys) -> None:
         """Let keys ``[pages, kv_heads, representatives, head_dim]`` stand for their pages by their mean, since
