@@ -3,7 +3,8 @@
 The sink and a local window (`recent`, half the budget) are always read, and of the rest the blocks whose representative
 tokens score highest. A token's weight is the softmax mass that it got from the queries whose window covered it; when a
 block leaves the window, the keys of its `representatives` heaviest tokens stand for it from then on. A block's score is
-the sum of q . k over them and over all heads, so that the heads of a layer read the same blocks.
+the sum of q . k over them and over all heads, so that the heads of a layer read the same blocks. That is the q . k of
+their mean, which is all that is kept.
 Here blocks are pages (published: 128 tokens); prompts are read densely; keys keep their RoPE positions (published:
 beyond the window all at one distance); the representatives are chosen for each KV head.
 """
