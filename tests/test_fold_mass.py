@@ -53,6 +53,15 @@ def test_many_slots(device, rule, capacity):
     check(*case(device, 2, 2, 4, capacity, capacity), 1, rule=rule)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_sequence_of_no_tokens_takes_no_part(device, rule):
+    priority, mass, held, seq_lens = case(device, 3, 2, 2, 20, 20)
+    seq_lens[1] = 0
+    before = priority.clone()
+    check(priority, mass, held, seq_lens, 1, rule=rule)
+    assert torch.equal(priority[1], before[1]) and not torch.equal(priority[::2], before[::2])
+
+
 def test_what_begins_forgets_what_was_there(device):
     held = torch.tensor([[[3, 4, -1]]], dtype=torch.int32, device=device)
     mass = torch.tensor([[[0.5, 0.25, 0], [0.5, 0.5, 0]]], device=device)

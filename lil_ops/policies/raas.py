@@ -90,7 +90,13 @@ class RaaS(Policy):
         return table, step.positions
 
     def select(self, layer, q, cache, scale):
-        return Selection(cache.step_of(layer).take(self.held[layer]), None)
+        step, held = cache.step_of(layer), self.held[layer]
+        # Rows that stand still hold pages, and read none.
+        counts = step.once(
+            ("counts", held.shape[-1]),
+            lambda: ((step.positions > 0) * held.shape[-1])[:, None].expand(-1, cache.kv_heads).int().contiguous(),
+        )
+        return Selection(step.take(held), counts)
 
     def observe(self, layer, mass, selection, cache):
         step = cache.step_of(layer)

@@ -89,6 +89,11 @@ class TokenSlots(Policy):
         cache.append(layer, k, v, slots=slots)
         return step.page_table, step.seq_lens
 
+    def expect(self, layer: int, row: int, count: int, first: int) -> None:
+        """Write down ahead what comes behind a row's ``count`` tokens, where nothing goes: ``first`` and so on."""
+        behind = self.held[layer][row, :, count:]
+        behind.copy_(torch.arange(behind.shape[1], device=behind.device) + first)
+
     def fold(self, layer: int, mass: torch.Tensor, cache, **options) -> None:
         """Renew the priorities by a step's mass, see `ops.fold_mass`."""
         step = cache.step_of(layer)

@@ -8,7 +8,6 @@ held. Published for one query head a KV head; here (GQA) the weights of a group 
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 
 from lil_ops.cache import Room
@@ -37,11 +36,8 @@ class SnapKV(TokenSlots):
         return mass
 
     def keep(self, layer, i, chunk, cache):
-        kept = super().keep(layer, i, chunk, cache)
-        row, count = cache.step_of(layer).rows[i], kept.shape[1]
-        # What is generated lies behind it, in order: written down ahead, so that no step has to.
-        behind = self.held[layer][row, :, count:]
-        behind.copy_(torch.arange(behind.shape[1], device=cache.device) + cache.lengths[row])
+        kept, row = super().keep(layer, i, chunk, cache), cache.step_of(layer).rows[i]
+        self.expect(layer, row, kept.shape[1], cache.lengths[row])
         return kept
 
     def write(self, layer, k, v, cache):

@@ -14,11 +14,11 @@ def fold_mass(priority, mass, held, seq_lens, page_size, *, rule="sum", shared=F
     folded[..., :slots] = groups.sum(2)[..., :slots]
     lengths = seq_lens[:, None, None].expand_as(held)
     begun = (held >= 0) & (held * page_size + 1 == lengths)
-    if rule == "last":
-        return folded
     if rule == "sum":
-        return folded + priority.double().masked_fill(begun, 0)
-    there = held >= 0
-    more = ((folded[..., None, :] > folded[..., None]) & there[..., None, :]).sum(-1)
-    top = there & (more < share * there.sum(-1, keepdim=True).double())
-    return torch.where(top | begun, lengths, priority.double())
+        folded += priority.double().masked_fill(begun, 0)
+    elif rule == "stamp":
+        there = held >= 0
+        more = ((folded[..., None, :] > folded[..., None]) & there[..., None, :]).sum(-1)
+        top = there & (more < share * there.sum(-1, keepdim=True).double())
+        folded = torch.where(top | begun, lengths, priority.double())
+    return torch.where(lengths > 0, folded, priority.double())  # a sequence of no tokens takes no part
