@@ -135,7 +135,7 @@ def policies_lines(result: dict) -> list[str]:
     lines = [text, "", where, "", f"| policy | launches | added | {_cells(columns)} |"]
     lines.append("| --- | ---: | ---: |" + " ---: |" * len(cases))
     for name in cases[0]["policies"]:
-        cells, added, launches = [], None, None
+        cells, added, launches, note = [], None, None, ""
         for case in cases:
             row, at_asked = case["policies"].get(name, {}), case["context"] == ASKED_CONTEXT
             if "us" not in row:
@@ -144,10 +144,11 @@ def policies_lines(result: dict) -> list[str]:
             misses = at_asked and case["batch"] == 8 and row["us"] > MOST_SHARE * case["dense_us"]
             cell = f"{row['us']}, {row['us'] / case['dense_us']:.1%}".replace("%", " %")
             cells.append(f"**{cell}**" if misses else cell)
+            note = f" ({row['note']})" if "note" in row else ""
             if at_asked and case["batch"] == 1:
                 added = _at_most(round(row["us"] - case["append_us"], 2), MOST_ADDED)
                 launches = row["launches"]
-        lines.append(f"| {name} | {_cells([launches, added, *cells])} |")
+        lines.append(f"| {name}{note} | {_cells([launches, added, *cells])} |")
     for name, key in (("a plain append", "append_us"), ("dense attention", "dense_us")):
         lines.append(f"| *{name}* | | | {_cells([case[key] for case in cases])} |")
     return lines
