@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from report_field import field_lines
+
 BENCH = Path(__file__).resolve().parent
 REPORT = BENCH.parent / "docs" / "performance.md"
 
@@ -265,7 +267,8 @@ def _time(us: float) -> str:
 
 def report() -> None:
     lines = ["# Performance", "", "Generated from `bench/results/*.json` by `bench/report.py`; do not edit."]
-    for name, make in (("cpu", cpu_lines), ("cuda", cuda_lines), ("policies_cuda", policies_lines)):
+    makers = {"cpu": cpu_lines, "cuda": cuda_lines, "policies_cuda": policies_lines, "field": field_lines}
+    for name, make in makers.items():
         result = BENCH / "results" / f"{name}.json"
         if result.exists():
             lines += ["", *make(json.loads(result.read_text()))]

@@ -1,8 +1,8 @@
 """The engine: a fixed number of slots, whose step waits for nothing and is one CUDA graph.
 
 `DecodeLoop` decides on the host who stops, at the very token. Here everything that a step decides is decided on the
-device: the token, the LZ77 size, the stop rule, who goes on. A sequence that has stopped stands still, at the very token
-too. The host follows some steps behind: it reads the codes from pinned copies, and gives the slot to the next sequence.
+device: the token, the LZ77 size, the stop rule, who goes on. A sequence that has stopped stands still, at the very
+token too. The host follows some steps behind: it reads the codes from pinned copies, and gives the slot to the next.
 """
 
 from __future__ import annotations
@@ -160,15 +160,16 @@ class Engine:
     def add(self, request: Request) -> None:
         """Run its prompt in a free slot (there must be one), and produce its first token.
 
-        Raises `OutOfPagesError` where the pools have too few pages left, ValueError for a request that cannot be served;
-        nothing has changed then.
+        Raises `OutOfPagesError` where the pools have too few pages left, ValueError for a request that cannot be
+        served; nothing has changed then.
         """
         (prompt,) = _check_prompts([request.prompt], self._vocab_size)
         total = len(prompt) + request.max_new_tokens
         if request.max_new_tokens < 1 or total > self.cache.kv.max_tokens:
+            most = self.cache.kv.max_tokens - len(prompt)
             raise ValueError(
-                f"Engine: max_new_tokens: expected from 1 to {self.cache.kv.max_tokens - len(prompt)} behind a prompt of "
-                f"{len(prompt)} tokens, got {request.max_new_tokens}"
+                f"Engine: max_new_tokens: expected from 1 to {most} behind a prompt of {len(prompt)} tokens, "
+                f"got {request.max_new_tokens}"
             )
         row = self._slots.index(None)
         self.cache.policy.check_budget(self.cache.kv, [len(prompt)])

@@ -54,7 +54,7 @@ def append_kv(
         k, v: ``[tokens, kv_heads, head_dim]`` in the cache's dtype; for a float8 cache fp32, fp16 or bf16, both the
             same.
         page_table: see the module. seq_lens: ``[batch]``, the new tokens included: they take the last places.
-        cu_seqlens: ``[batch + 1]`` offsets of each sequence's new tokens in k and v; None: one token a sequence, where a
+        cu_seqlens: ``[batch + 1]`` offsets of each sequence's new tokens in k and v; None: one token a sequence, and a
             sequence of length 0 takes no part.
         summary_mode: what a summary holds: ``"minmax"``, the exact min and max of each element; ``"meanstd"``, its mean
             and population standard deviation. ``"representative"`` is refused: which keys represent a page is for the

@@ -27,8 +27,8 @@ class Progress(NamedTuple):
     """A batch after a step. All ``[batch]``; means nothing for a sequence that has stopped.
 
     tokens: int64, the newest one of each. phrases, bits: int32, the LZ77 size of what was generated. num_tokens: int32.
-    active: bool, whether the sequence took a token in this step. lost_bits: float32, what attention lost in this step (see `LilCache`); None where nothing tells.
-    stop: int32 `StopReason` codes; a sequence that has stopped keeps its own.
+    active: bool, whether the sequence took a token in this step. lost_bits: float32, what attention lost in it (see
+    `LilCache`); None where nothing tells. stop: int32 `StopReason` codes; a sequence that has stopped keeps its own.
     """
 
     tokens: torch.Tensor

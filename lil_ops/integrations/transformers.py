@@ -84,11 +84,11 @@ class LilCache(Cache):
 
     Attributes: ``kv`` the `PagedKVCache`, ``policy``, ``shape`` the `ModelShape`; ``rows``, the cache rows that the
     next forward pass serves in the order of its batch (set by a caller who serves a part; all by default);
-    ``raised`` ``[batch]`` bool or None, rows that read more than the policy's budget, ``raised_budget`` tokens, or where
-    that is None everything (for policies that hold everything); ``lost_bits`` ``[batch]`` float32, once `watch_loss` was
-    called: what attention lost in the last step of one token a sequence, in bits. A query head that misses a share p of
-    its softmax mass reads a distribution that is ``-log2(1 - p)`` bits (Kullback-Leibler) from the true one; this is the
-    mean over all heads and layers.
+    ``raised`` ``[batch]`` bool or None, rows that read more than the policy's budget, ``raised_budget`` tokens, or
+    where that is None everything (for policies that hold everything); ``lost_bits`` ``[batch]`` float32, once
+    `watch_loss` was called: what attention lost in the last step of one token a sequence, in bits. A query head that
+    misses a share p of its softmax mass reads a distribution that is ``-log2(1 - p)`` bits (Kullback-Leibler) from the
+    true one; this is the mean over all heads and layers.
 
     Raises ValueError for a model, policy or option that cannot be served, before anything is allocated; in a forward
     pass for a batch of another size, and what `PagedKVCache.begin_step` raises.
