@@ -40,7 +40,7 @@ void fold_head(const FoldMassParams& p, int64_t b, int64_t h, const float* mass)
 }  // namespace
 
 void fold_mass(const FoldMassParams& p, const Tensor&) {
-  constexpr int64_t kGrain = 4;
+  constexpr int64_t kGrain = 16;  // a head of a thousand slots is some microseconds
   torch::stable::parallel_for(0, p.batch * p.kv_heads, kGrain, [&](int64_t begin, int64_t end) {
     static thread_local std::vector<float> mass;
     mass.resize(std::max<size_t>(mass.size(), p.capacity));
