@@ -25,7 +25,7 @@ test-gpu:
 sanitize-gpu:
 	$(PYTHON) bench/gpu.py sanitize
 
-# The CUDA operators beside their peers, as bench/results/cuda.json and docs/performance.md.
+# The CUDA operators beside their peers, and the policies' decisions, as bench/results/*cuda.json and docs/performance.md.
 bench-gpu:
 	$(PYTHON) bench/gpu.py bench
 

@@ -88,18 +88,29 @@ def decision(name: str, batch: int, context: int) -> dict:
         graph.replay()
     us = time_us(graph, len(case.layers))
     lil_ops.check_errors()
-    return {"us": us, "launches": round(count / len(case.layers), 1), "layers": len(case.layers)}
+    row = {"us": us, "launches": round(count / len(case.layers), 1), "layers": len(case.layers)}
+    return row if case.policy.on_device else row | {"note": "steps without a cut"}
+
+
+def baseline(batch: int, context: int) -> dict:
+    """Dense attention, and a plain append."""
+    dense = DenseCase(batch, context, layers=layers_for(2 * batch * context * KV_HEADS * HEAD_DIM * 2), device="cuda")
+    appends = max(1, 32 // dense.num_layers)  # a graph of few launches would show its own
+
+    def append():
+        for _ in range(appends):
+            dense.append()
+
+    result = {}
+    for name, step, layers in (("dense_us", dense.attend, 1), ("append_us", append, appends)):
+        step()
+        result[name] = time_us(captured(step), dense.num_layers * layers)
+        print(f"batch {batch} context {context} {name:12} {result[name]:9.2f}", flush=True)
+    return result
 
 
 def measure(batch: int, context: int) -> dict:
-    dense = DenseCase(batch, context, layers=layers_for(2 * batch * context * KV_HEADS * HEAD_DIM * 2), device="cuda")
-    result = {"batch": batch, "context": context}
-    for name, step in (("dense_us", dense.attend), ("append_us", dense.append)):
-        step()
-        result[name] = time_us(captured(step), dense.num_layers)
-        print(f"batch {batch} context {context} {name:12} {result[name]:9.2f}", flush=True)
-    del dense
-    result["policies"] = {}
+    result = {"batch": batch, "context": context, **baseline(batch, context), "policies": {}}
     for name in NAMES:
         torch.cuda.empty_cache()
         try:

@@ -47,8 +47,10 @@ class PolicyCase:
         self.layers = [layer for layer in range(num_layers) if not self.policy.reads_all(layer)]
         self._device, self._rows, self._masses, self._reserved = device, list(range(batch)), {}, 0
         torch.manual_seed(0)
-        for summary in filter(lambda summary: summary is not None, self.cache.summary):
-            fill(summary)
+        for summary in self.cache.summary:
+            # Not twice the same, as keys below: equal scores are harder to select from.
+            if summary is not None:
+                summary.copy_(torch.randn(summary.shape, device=device))
         self._q = self._random(batch, Q_HEADS, HEAD_DIM)
         self._k, self._v = (self._random(batch, KV_HEADS, HEAD_DIM) for _ in range(2))
         self._start(context)
@@ -121,7 +123,9 @@ class DenseCase:
         )  # fmt: skip
         torch.manual_seed(0)
         for buffer in self.cache.k + self.cache.v:
-            fill(buffer)
+            block = torch.randn(buffer[:512].shape, device=device)
+            for part in buffer.split(512):
+                part.copy_(block[: len(part)])
         self._q = torch.randn(batch, Q_HEADS, HEAD_DIM, device=device).bfloat16()
         self._new = torch.randn(batch, KV_HEADS, HEAD_DIM, device=device).bfloat16()
         rows = list(range(batch))
@@ -136,10 +140,3 @@ class DenseCase:
     def append(self) -> None:
         for layer in range(len(self.cache.k)):
             self.cache.append(layer, self._new, self._new)
-
-
-def fill(buffer: torch.Tensor) -> None:
-    """Random numbers, made once and repeated: there may be hundreds of millions to fill."""
-    block = torch.randn(buffer[:512].shape, device=buffer.device)
-    for part in buffer.split(512):
-        part.copy_(block[: len(part)])

@@ -436,7 +436,7 @@ def fold_mass(
         held, seq_lens, page_size: those of `evict_pages`, which came before. All are contiguous.
         share: above 0 and up to 1; for ``"stamp"`` alone.
 
-    On CUDA ``"stamp"`` takes up to 8192 slots.
+    A sequence of length 0 takes no part. On CUDA ``"stamp"`` takes up to 8192 slots.
 
     Equivalent PyTorch for ``"sum"``::
 

@@ -226,6 +226,31 @@ def test_a_room_bounds_what_a_row_maps():
     assert Room(24, 16).after(10, 30, True) == 16 and Room(24, 24).after(24, 0, False) == 24
 
 
+def test_out_of_pages_in_one_of_several_pools_changes_none():
+    """The pools have as many pages each: that of the layers that hold everything is the first to be short."""
+    rooms = [Room(20, 20), Room(), Room(kept=12)]
+    cache = PagedKVCache(
+        num_layers=3, kv_heads=HEADS, head_dim=DIM, batch=2, max_tokens=200, page_size=PAGE, num_pages=6, rooms=rooms
+    )
+
+    def everything():
+        pools = [cache.pool_of(layer) for layer in range(3)]
+        return [(pool.page_table.tolist(), list(pool.held), sorted(pool.free)) for pool in pools], list(cache.lengths)
+
+    cache.begin_step([0], [30], prompt=True)
+    before, steps = everything(), [cache.step_of(layer) for layer in range(3)]
+    with pytest.raises(OutOfPagesError, match="needs 3 more pages of 8 tokens, 2 of 6 are free: 1 short"):
+        cache.begin_step([1], [20], prompt=True)
+    assert everything() == before and [cache.step_of(layer) for layer in range(3)] == steps
+    cache.begin_step([1], [16], prompt=True)
+    # The bounded pool has room left, the others do not; a step needs all.
+    with pytest.raises(OutOfPagesError, match="needs 1 more pages of 8 tokens, 0 of 6 are free: 1 short"):
+        cache.begin_step([1], [1])
+    for row in range(2):
+        cache.free(row)
+    assert cache.bytes_in_use == 0 and all(len(cache.pool_of(layer).free) == 6 for layer in range(3))
+
+
 class Traffic(RuleBasedStateMachine):
     """Any sequence of steps and frees on a pool that is too small for all rows."""
 

@@ -1,5 +1,6 @@
 """Memory: a policy that is bounded stays so however long the output is, and a sequence that is over leaves nothing."""
 
+import ctypes
 import gc
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 import transformers as hf
 from tiny_models import BASE, LogitsLog, prompts, taking
 
+import lil_ops
 from lil_ops import policies
 from lil_ops.decode import DecodeLoop
 from lil_ops.guardian import Guardian
@@ -19,7 +21,7 @@ LAYERS, PAGE = 2, 16
 PAGE_BYTES = 2 * BASE["num_key_value_heads"] * PAGE * BASE["head_dim"] * 4  # K and V of one layer
 BOUNDED = [name for name, policy in policies.POLICIES.items() if policy.memory == "bounded"]
 STATM = Path("/proc/self/statm")
-MARGIN = 2 << 20  # what the allocator and the interpreter move by
+MARGIN = 1 << 20  # what the allocator and the interpreter move by
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,21 +55,26 @@ def test_a_long_decode_stays_within_the_budget(model, name):
         kv = loop.cache.kv
         # What the layers say that they hold: the budget, or, where it is cut from time to time, a little more.
         held = max(room.total for room in kv.rooms)
-        most, sizes = LAYERS * (-(-held // PAGE) + 1) * PAGE_BYTES, []
+        most, sizes = LAYERS * -(-held // PAGE) * PAGE_BYTES, []
         assert held <= 2 * budget
         for event in loop:
             assert event.kv_bytes <= most
-            if event.step % 100 == 99:
+            # First when the budget is full.
+            if event.step + 1 in (held + 100, TOKENS):
                 sizes.append(resident())
         assert kv.bytes_peak <= most and len(loop.result().tokens[0]) == TOKENS
-    # The budget is full after a third. LZ77's state is in place from the start, and is first touched token by token.
-    touched = TOKENS * 64
-    assert sizes[-1] - sizes[len(sizes) // 3] < MARGIN + touched, [size >> 10 for size in sizes]
+    # LZ77's state is there from the start, and is first touched token by token: 64 bytes each.
+    assert sizes[1] - sizes[0] < MARGIN + 64 * TOKENS, sizes
 
 
 POLICIES = [("full", {}), *((name, {"budget": 64}) for name in policies.POLICIES if name != "full")]
 # What a case of few layers and short sequences needs.
-SMALL = {"quest": {"dense_layers": 0}, "lessismore": {"dense_layers": 0}, "snapkv": {"recent": 8}}
+SMALL = {
+    "quest": {"dense_layers": 0},
+    "lessismore": {"dense_layers": 0},
+    "snapkv": {"recent": 8},
+    "rkv": {"buffer": 16},
+}
 
 
 class Served:
@@ -97,19 +104,19 @@ class Served:
 @pytest.mark.skipif(not STATM.exists(), reason="no /proc/self/statm")
 @pytest.mark.parametrize(("name", "options"), POLICIES)
 def test_a_thousand_sequences_through_one_cache(model, name, options):
-    served, sizes = Served(model, name, options, batch=2), []
+    served, sizes = Served(model, name, options, batch=2), {}
     lengths = torch.randint(2, 40, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
     for i, length in enumerate(lengths):
         # Some are long enough that something goes.
         served.run(i % 2, prompts(length, seed=i)[0], 50 if i % 100 == 0 else 2)
-        if i % 100 == 99:
-            sizes.append(resident())
+        if i in (200, 999):
+            sizes[i] = resident()
     kv = served.cache.kv
     assert kv.bytes_in_use == 0
     for layer in range(LAYERS):
         pool = kv.pool_of(layer)
         assert sorted(pool.free) == list(range(pool.num_pages)) and (pool.page_table == -1).all()
-    assert sizes[-1] - sizes[2] < MARGIN, [size >> 10 for size in sizes]
+    assert sizes[999] - sizes[200] < MARGIN, sizes
     # A row that many have used gives what a fresh one does, also where something goes.
     prompt = prompts(40, seed=7)[0]
     fresh = Served(model, name, options, batch=1).run(0, prompt, 60)
@@ -119,12 +126,10 @@ def test_a_thousand_sequences_through_one_cache(model, name, options):
 @pytest.mark.parametrize(("name", "options"), POLICIES)
 def test_a_row_begins_anew_beside_one_that_goes_on(model, name, options):
     """A row is freed and used again between the steps of another, which notices nothing."""
-    first, second = (prompt for prompt in prompts(30, 36, seed=9))
+    first, second = prompts(30, 36, seed=9)
     alone = Served(model, name, options, batch=1).run(0, first, 60)
     served = Served(model, name, options, batch=2)
-    model.set_attn_implementation("lil")
-    steps = interleaved(served, first, second, 60)
-    assert torch.equal(steps, alone)
+    assert torch.equal(interleaved(served, first, second, 60), alone)
 
 
 @torch.inference_mode()
@@ -141,3 +146,50 @@ def interleaved(served, first, second, new_tokens):
         if step % 20 == 5:
             served.run(1, second, 40)
     return torch.cat(logits)
+
+
+class Heap(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "chunks", "fast", "maps", "mapped", "_", "fast_free")]
+    _fields_ += [(name, ctypes.c_size_t) for name in ("used", "free", "top")]
+
+
+def heap_in_use():
+    malloc = ctypes.CDLL(None).mallinfo2
+    malloc.restype = Heap
+    return malloc().used
+
+
+def calls():
+    k, v, summary = torch.zeros(4, 2, 16, 64), torch.zeros(4, 2, 16, 64), torch.zeros(4, 2, 2, 64)
+    new, q, lens = torch.randn(1, 2, 64), torch.randn(1, 4, 64), torch.tensor([40], dtype=torch.int32)
+    table, one = torch.arange(4, dtype=torch.int32)[None], torch.tensor([0, 1], dtype=torch.int32)
+    scores, held, priority = torch.zeros(1, 2, 4), torch.full((1, 2, 64), -1, dtype=torch.int32), torch.zeros(1, 2, 64)
+    pages, counts = torch.arange(4, dtype=torch.int32).repeat(1, 2, 1), torch.full((1, 2), 3, dtype=torch.int32)
+    mass, lse, places = torch.empty(1, 4, 64), torch.zeros(1, 4), torch.arange(40, dtype=torch.int32).repeat(1, 2, 1)
+    return {
+        "append_kv": lambda: lil_ops.append_kv(k, v, summary, new, new, table, lens, one, summary_mode="meanstd"),
+        "score_pages": lambda: lil_ops.score_pages(q, summary, table, lens, 16, scale=0.1),
+        "select_pages": lambda: lil_ops.select_pages(scores, lens, 16, 32, protected_lens=lens),
+        "sparse_decode": lambda: lil_ops.sparse_decode(q, k, v, table, lens, pages, counts, scale=0.1, token_mass=mass),
+        "information_loss": lambda: lil_ops.information_loss(lse, scores, lens, 16, pages, counts),
+        "sparse_decode_step": lambda: lil_ops.sparse_decode_step(q, new, new, k, v, summary, table, lens, 32, loss=lse),
+        "evict_pages": lambda: lil_ops.evict_pages(held, priority, lens, 1, protected_lens=lens),
+        "fold_mass": lambda: lil_ops.fold_mass(priority, mass, held, lens, 1, rule="stamp"),
+        "compact_kv": lambda: lil_ops.compact_kv(k, v, table, places, lens),
+        "key_redundancy": lambda: lil_ops.key_redundancy(k, table, lens),
+    }
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="not glibc")
+@pytest.mark.parametrize("operator", calls())
+def test_a_call_leaves_nothing_behind(operator):
+    """torch's own conversion of a str argument leaks one at each call (csrc/api/name.h)."""
+    call, count = calls()[operator], 2000
+    for _ in range(count):
+        call()
+    before = heap_in_use()
+    for _ in range(count):
+        call()
+    assert heap_in_use() - before < 8 * count

@@ -3,7 +3,8 @@
 The sink and a local window (`recent`, half the budget) are always read, and of the rest the blocks whose representative
 tokens score highest. A token's weight is the softmax mass that it got from the queries whose window covered it; when a
 block leaves the window, the keys of its `representatives` heaviest tokens stand for it from then on. A block's score is
-the sum of q . k over them and over all heads, so that the heads of a layer read the same blocks.
+the sum of q . k over them and over all heads, so that the heads of a layer read the same blocks. That is the q . k of
+their mean, which is all that is kept.
 Here blocks are pages (published: 128 tokens); prompts are read densely; keys keep their RoPE positions (published:
 beyond the window all at one distance); the representatives are chosen for each KV head.
 """
@@ -106,8 +107,8 @@ class InfLLM(Policy):
         return step.page_table.gather(1, page)[:, 0].long(), page[..., None] * self.page_size + self._within
 
     def _heaviest(self, weight: torch.Tensor) -> torch.Tensor:
-        """``[..., page_size]`` -> ``[..., representatives]``: places of the heaviest, of equals the first."""
-        return weight.argsort(dim=-1, descending=True, stable=True)[..., : self.representatives]
+        """``[..., page_size]`` -> ``[..., representatives]``: places of the heaviest, of equals any."""
+        return weight.topk(self.representatives, sorted=False).indices
 
     def _represent(self, layer, cache, physical, keys) -> None:
         """Let keys ``[pages, kv_heads, representatives, head_dim]`` stand for their pages by their mean, since

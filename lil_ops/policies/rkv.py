@@ -75,7 +75,7 @@ class RKV(TokenSlots):
     def select(self, layer, q, cache, scale):
         step, queries = cache.step_of(layer), self._queries_of(layer, q.shape[1], cache)
         last = step.take(queries)
-        place = (step.positions.long() - 1)[:, None, None, None] % self.recent
+        place = step.once("place", lambda: (step.positions.long() - 1)[:, None, None, None] % self.recent)
         last.scatter_(2, place.expand(-1, q.shape[1], 1, q.shape[2]), (q * scale).float()[:, :, None])
         step.put(queries, last)
         return None

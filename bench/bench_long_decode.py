@@ -1,0 +1,66 @@
+"""Does a step take longer, or the process more memory, at the 20,000th token than at the 1,000th? For each policy that
+holds no more than its budget, and for full.
+
+The model is random and tiny, so that attention and policy are most of a step: there growth would show best.
+"""
+
+import os
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from recorded import recorded, report
+
+from lil_ops import DecodeLoop, Guardian
+from lil_ops.policies import POLICIES
+
+transformers = pytest.importorskip("transformers")
+
+TOKENS = int(os.environ.get("LIL_LONG_DECODE", 20_000))
+EARLY, WINDOW, BUDGET = TOKENS // 20, TOKENS // 20, 512
+STATM = Path("/proc/self/statm")
+NAMES = ["full", *(name for name, policy in POLICIES.items() if policy.memory == "bounded")]
+
+pytestmark = pytest.mark.benchmark(timer=recorded)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=2 * TOKENS, initializer_range=0.15,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_long_decode(benchmark, model, name):
+    torch.set_num_threads(1)  # so small a step gains nothing from a second one
+    options = {} if name == "full" else {"policy": name, "budget": BUDGET}
+    options |= {"guardian": Guardian(250, 0), "max_new_tokens": TOKENS, "eos_token_id": ()}
+    resident = {}
+    with DecodeLoop(model, [list(range(32))], **options) as loop:
+        for event in loop:
+            if event.step + 1 in (EARLY + WINDOW, TOKENS):
+                resident[event.step + 1] = resident_mb()
+    times = loop.result().step_times
+    early, late = times[EARLY : EARLY + WINDOW], times[TOKENS - WINDOW :]
+    assert len(times) == TOKENS
+    facts = {
+        "early_us": round(statistics.median(early) * 1e6, 1),
+        "late_us": round(statistics.median(late) * 1e6, 1),
+        "early_mb": resident[EARLY + WINDOW],
+        "late_mb": resident[TOKENS],
+        "cache_kb": round(loop.cache.kv.bytes_peak / 1024),
+    }
+    case = f"long decode, {TOKENS} tokens, budget {BUDGET}, batch 1"
+    seconds = [statistics.median(part) for part in (late[i::5] for i in range(5))]
+    report(benchmark, case, name, seconds, table="long decode", tokens=TOKENS, budget=BUDGET, window=WINDOW, **facts)
+
+
+def resident_mb():
+    if not STATM.exists():
+        return None
+    return round(int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
