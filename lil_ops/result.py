@@ -35,6 +35,7 @@ class GenerationResult:
     tokens: the new ids, an end-of-sequence token included. stop_reason: `StopReason.RUNNING` where interrupted.
     step_times: seconds of each step, the prefill first. kv_bytes_peak: the most cache bytes in use at a time.
     lz77: the LZ77 curve: element i of an int array is the size in phrases of the first i + 1 new tokens.
+    kv_bytes: cache bytes of each sequence at its end. It gives none back before, so this is its peak.
     """
 
     tokens: list[list[int]]
@@ -42,6 +43,7 @@ class GenerationResult:
     step_times: list[float]
     kv_bytes_peak: int
     lz77: list[np.ndarray]
+    kv_bytes: list[int]
 
     @property
     def ttft(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from lil_ops.cli.errors import UserError
+from lil_ops.cli.evaluate import evaluate
 from lil_ops.cli.generate import generate
 from lil_ops.cli.info import info
 from lil_ops.cli.policies import policies
@@ -22,3 +23,4 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(info)
 app.command()(policies)
+app.command("eval")(evaluate)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from lil_ops.cli.runs import Outcome, Run
-    from lil_ops.cli.text import Detokenizer
+    from lil_ops.text import Detokenizer
     from lil_ops.result import StepEvent
 
 REFRESH_SECONDS = 0.1
