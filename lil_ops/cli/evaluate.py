@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,9 +19,7 @@ LOOP_OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "page_size")
 def evaluate(
     context: typer.Context,
     model: Annotated[str, option(MODEL, "GGUF file, model folder or Hugging Face id.")],
-    data: Annotated[
-        str, option(PROBLEMS, "A .jsonl file, reasoning_gym:NAME:SEED:COUNT, or hf:NAME[:CONFIG]:SPLIT.")
-    ],
+    data: Annotated[str, option(PROBLEMS, "A .jsonl file, reasoning_gym:NAME:SEED:COUNT, or hf:NAME[:CONFIG]:SPLIT.")],
     out: Annotated[Path, option(GRID, "Folder for the results, one file a combination; what is finished is skipped.")],
     policy: Annotated[
         str,
@@ -33,7 +30,9 @@ def evaluate(
     ] = None,
     stop: Annotated[
         str,
-        option(GRID, "Stop rules, comma-separated: off, guardian, guardian:INTERVAL:THRESHOLD[:bits].", show_default=True),
+        option(
+            GRID, "Stop rules, comma-separated: off, guardian, guardian:INTERVAL:THRESHOLD[:bits].", show_default=True
+        ),
     ] = "off",
     question_field: Annotated[
         str | None, option(PROBLEMS, "Field of the question.", show_default="question, problem or prompt")

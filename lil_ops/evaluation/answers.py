@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -79,11 +80,9 @@ def last_boxed(text: str) -> str | None:
 
 
 def _last_match(pattern: re.Pattern, text: str) -> str | None:
-    found = None
-    for found in pattern.finditer(text):
-        pass
+    matches = deque(pattern.finditer(text), maxlen=1)
     # A group that took no part in the match is None too.
-    return found and found[1 if pattern.groups else 0]
+    return matches[0][1 if pattern.groups else 0] if matches else None
 
 
 class Mathematics:
@@ -93,6 +92,8 @@ class Mathematics:
         self._library = require("math_verify", "eval")
         # It warns of each text that it cannot read, which is not news here.
         logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+        # A replay asks for the same answers again and again.
+        self._equal: dict[tuple[str, str], bool] = {}
 
     def find(self, text: str) -> str | None:
         if (boxed := last_boxed(text)) is not None:
@@ -101,6 +102,12 @@ class Mathematics:
         return str(meanings[-1]) if meanings else None
 
     def equal(self, right: str, answer: str) -> bool:
+        key = right, answer
+        if key not in self._equal:
+            self._equal[key] = self._means_the_same(right, answer)
+        return self._equal[key]
+
+    def _means_the_same(self, right: str, answer: str) -> bool:
         if same(right, answer):
             return True
         # In a box both are read as they are; outside of one it looks for the part of a text that is the answer.

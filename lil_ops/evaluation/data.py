@@ -56,7 +56,9 @@ def load(
         answer = right_answer(_field(place, record, answer_field, ANSWER_FIELDS, "answer"))
         names = (id_field,) if id_field else ID_FIELDS
         named = id_field or any(name in record for name in names)
-        problems.append(Problem(_field(place, record, id_field, names, "id") if named else str(number), question, answer))
+        problems.append(
+            Problem(_field(place, record, id_field, names, "id") if named else str(number), question, answer)
+        )
         if not answer:
             raise ValueError(f"{place}: the answer is empty")
     if not problems:

@@ -66,8 +66,8 @@ class Run:
         return self.policy if self.stop == "off" else f"{self.policy}, {self.stop}"
 
     @property
-    def problems(self) -> tuple:
-        """What two runs must share to be compared: model, problems, and how a text is made from them."""
+    def shared(self) -> tuple:
+        """The settings that a run must have too to be compared with this one."""
         return tuple(json.dumps(self.settings[key]) for key in SHARED)
 
     def curve(self, id: str, unit: str = "phrases") -> np.ndarray:
@@ -76,9 +76,12 @@ class Run:
         return _C.lz77_trace(tokens, self.settings["vocab_size"])[("phrases", "bits").index(unit)]
 
 
-SHARED = ("model", "dtype", "problems_sha256", "template", "chat", "answer_by", "max_new_tokens", "ignore_eos",
-          "temperature", "top_k", "top_p", "seed")  # fmt: skip
-SETTINGS = (*SHARED, "data", "problems", "policy", "policy_options", "stop", "vocab_size", "batch", "page_size", "device")
+# Settings that runs must share to be compared; times are compared too.
+SHARED = (
+    "model", "dtype", "problems_sha256", "template", "chat", "answer_by", "max_new_tokens", "ignore_eos", "temperature",
+    "top_k", "top_p", "seed", "batch", "page_size", "device",
+)  # fmt: skip
+SETTINGS = (*SHARED, "data", "problems", "policy", "policy_options", "stop", "vocab_size")
 
 
 def read(path: Path) -> Run:

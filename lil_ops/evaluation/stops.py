@@ -1,4 +1,4 @@
-"""Stop rules by name, as the command line writes them: ``off``, ``guardian``, ``guardian:64:5``, ``guardian:64:40:bits``.
+"""Stop rules by name, as the command line writes them: ``off``, ``guardian``, ``guardian:64:5`` (or ``:bits``).
 
 A rule of another kind is a class with `StopRule`'s method, and a line in `RULES` that makes it from the parts of its
 name.
