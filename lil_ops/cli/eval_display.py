@@ -65,7 +65,7 @@ def print_summary(console: Console, runs: Sequence[Run]) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     # The one column that a narrow terminal may wrap.
     table.add_column("run", overflow="fold")
-    for heading in ("problems", "correct", "tokens", "ended", "TTFT", "TBT", "JCT", "KV"):
+    for heading in ("problems", "correct", "tokens", "ended", "TBT", "JCT", "KV"):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
         records = list(run.records.values())
@@ -79,7 +79,6 @@ def print_summary(console: Console, runs: Sequence[Run]) -> None:
             f"{mean('correct'):.1%}",
             f"{fmean(len(record['tokens']) for record in records):.0f}",
             f"{fmean(record['stop'] == 'eos' for record in records):.0%}",
-            seconds(mean("ttft_s")),
             seconds(mean("tbt_s")),
             seconds(mean("jct_s")),
             size(round(mean("kv_bytes"))),

@@ -147,7 +147,7 @@ def evaluate(
             path = out / f"{each.name}.jsonl"
             with user_errors(ValueError), records.Writer(path, settings, where) as writer:
                 for damage in writer.run.damaged:
-                    errors.print(Text(f"{path}, {damage}: skipped, its problem runs again"), soft_wrap=True)
+                    errors.print(Text(f"{path}, {damage}: skipped; what is missing runs again"), soft_wrap=True)
                 with GridView(console, each.name, len(problems), len(writer.run.records)) as view:
                     for batch_records in runner.run(each, writer, view.step):
                         view.finished(len(batch_records))

@@ -140,11 +140,11 @@ class Figures:
                 axes.set_title("no stop rule" if stop == "off" else stop)
                 axes.set_xlabel("seconds a problem")
                 axes.grid(axis="y", visible=False)
-            dense = found.get(("full", "off"))
+            dense = found.get(("dense", "off"))
             if dense:
                 for axes in panels:
                     axes.axvline(dense["jct_s"].value, color="black", linewidth=1, linestyle=":")
-            panels[0].set_yticks(range(len(policies)), ["dense" if name == "full" else name for name in policies])
+            panels[0].set_yticks(range(len(policies)), policies)
             panels[0].invert_yaxis()
             panels[0].set_xlim(left=0)
             return self._save(figure, "jct")

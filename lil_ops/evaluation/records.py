@@ -54,8 +54,9 @@ class Run:
 
     @property
     def policy(self) -> str:
-        """With budget and options: ``quest 64``."""
-        return policy_name(self.settings["policy"], self.settings["policy_options"])
+        """With budget and options: ``quest 64``; ``dense`` for the one that reads everything."""
+        policy = self.settings["policy"]
+        return "dense" if policy == "full" else policy_name(policy, self.settings["policy_options"])
 
     @property
     def stop(self) -> str:

@@ -51,8 +51,8 @@ def write_report(
 
 def _part(document: Document, numbers: dict, figures: Figures) -> None:
     runs = [run for run in numbers["runs"] if run["n"]]
-    dense = any(run["policy"] == "full" and run["stop"] == "off" for run in runs)
-    sparse = any(run["policy"] != "full" and run["stop"] == "off" for run in runs)
+    dense = any(run["policy"] == "dense" and run["stop"] == "off" for run in runs)
+    sparse = any(run["policy"] != "dense" and run["stop"] == "off" for run in runs)
     _head(document, numbers)
 
     document.add(Heading(3, "Job completion time"))
@@ -135,7 +135,7 @@ def _jct_table(runs: list[dict]) -> Table:
         against = run["against_dense"]
         rows.append(
             [
-                _name(run["name"]),
+                run["name"],
                 str(run["n"]),
                 percent(run["accuracy"]),
                 number(run["tokens"], 0),
@@ -166,7 +166,7 @@ def _stop_rules(document: Document, runs: list[dict]) -> None:
     ]
     for title, wanted in (("sparse attention", False), ("dense attention", True)):
         document.add(Heading(3, f"Early stop with {title}"))
-        chosen = [run for run in ruled if (run["policy"] == "full") == wanted]
+        chosen = [run for run in ruled if (run["policy"] == "dense") == wanted]
         if not chosen:
             document.add(Paragraph(f"Left out: {title} has no run with a stop rule beside one without (--stop off)."))
             continue
@@ -175,7 +175,7 @@ def _stop_rules(document: Document, runs: list[dict]) -> None:
             off = run["against_off"]
             rows.append(
                 [
-                    _name(run["name"]),
+                    run["name"],
                     str(off["n"]),
                     number(off["all"]["before"], 0),
                     number(off["all"]["after"], 0),
@@ -195,7 +195,7 @@ def _stop_rules(document: Document, runs: list[dict]) -> None:
     headings = ["run"] + [f"{word}: {what}" for word, _ in parts for what in ("n", "tokens without", "with", "saved")]
     rows = []
     for run in ruled:
-        row = [_name(run["name"])]
+        row = [run["name"]]
         for _, key in parts:
             part = run["against_off"][key]
             row += [str(part["saved"].n)]
@@ -210,9 +210,7 @@ def _loss(document: Document, runs: list[dict]) -> None:
     if not measured:
         document.add(Paragraph("Left out: no run has measured it."))
         return
-    rows = [
-        [_name(run["name"]), str(run["information_loss"].n), number(run["information_loss"], 4)] for run in measured
-    ]
+    rows = [[run["name"], str(run["information_loss"].n), number(run["information_loss"], 4)] for run in measured]
     document.add(Table(["run", "n", "softmax mass not read, mean"], rows))
 
 
@@ -254,10 +252,6 @@ def _sensitivity(document: Document, numbers: dict, figures: Figures) -> None:
 def _figure(document: Document, name: str | None, caption: str) -> None:
     if name:
         document.add(Figure(name, caption))
-
-
-def _name(name: str) -> str:
-    return name.replace("full", "dense", 1) if name.startswith("full") else name
 
 
 def number(estimate: Estimate, digits: int) -> str:

@@ -5,6 +5,7 @@ Problems are what is drawn: a comparison of two runs on the same problems draws 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,9 +36,8 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
         raise ValueError(f"ratio: expected as many values above as below, got {len(above)} and {len(below)}")
     if len(above) == 0:
         return Estimate(*[float("nan")] * 3, 0)
-    # Drawn by counts, in which a resample is one product, and the same for every estimate over so many problems.
     n = len(above)
-    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    counts = _resamples(n)
     with np.errstate(divide="ignore", invalid="ignore"):
         drawn, value = (counts @ above) / (counts @ below), above.sum() / below.sum()
     tail = (1 - CONFIDENCE) / 2
@@ -45,3 +45,9 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
     drawn = drawn[np.isfinite(drawn)]
     low, high = np.quantile(drawn, [tail, 1 - tail]) if len(drawn) else (value, value)
     return Estimate(float(value), float(low), float(high), n)
+
+
+@functools.lru_cache(maxsize=4)
+def _resamples(n: int) -> np.ndarray:
+    """How often each resample drew each of ``n`` problems; the same for every estimate over so many."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(float)

@@ -39,12 +39,12 @@ def _order(run: Run) -> tuple:
 def series(run: Run) -> str:
     """Its policy without the budget: what one colour stands for."""
     options = {name: value for name, value in run.settings["policy_options"].items() if name != "budget"}
-    return "dense" if run.settings["policy"] == "full" else policy_name(run.settings["policy"], options)
+    return run.policy if run.policy == "dense" else policy_name(run.settings["policy"], options)
 
 
 def summary(runs: list[Run], intervals: Sequence[int], thresholds: Sequence[float]) -> dict:
     """Everything that a report says of one group of runs."""
-    dense = next((run for run in runs if run.settings["policy"] == "full" and run.stop == "off"), None)
+    dense = next((run for run in runs if (run.policy, run.stop) == ("dense", "off")), None)
     free = {run.policy: run for run in runs if run.stop == "off"}
     recorded = {policy: replay.outputs(run) for policy, run in free.items() if run.records}
     return {
@@ -52,7 +52,7 @@ def summary(runs: list[Run], intervals: Sequence[int], thresholds: Sequence[floa
         "environments": _distinct(environment for run in runs for environment in run.environments),
         "runs": [_run(run, dense, free.get(run.policy)) for run in runs],
         "growth": [_growth(free[policy], outputs) for policy, outputs in recorded.items()],
-        "sensitivity": _sensitivity(free, recorded, intervals, thresholds),
+        "sensitivity": _sensitivity(recorded, intervals, thresholds),
     }
 
 
@@ -134,13 +134,13 @@ def _growth(run: Run, outputs: dict[str, replay.Output]) -> dict:
     }
 
 
-def _sensitivity(free: dict[str, Run], recorded: dict[str, dict], intervals, thresholds) -> list[dict]:
+def _sensitivity(recorded: dict[str, dict], intervals, thresholds) -> list[dict]:
     """By replay: dense, all sparse runs together, and each run alone."""
     rules = [Guardian(interval, threshold) for interval in intervals for threshold in thresholds]
     stops = [dict(zip(recorded, replay.replay(rule, list(recorded.values())), strict=True)) for rule in rules]
-    sparse = [policy for policy in recorded if free[policy].settings["policy"] != "full"]
+    sparse = [policy for policy in recorded if policy != "dense"]
     rows = {"all sparse runs": sparse} if len(sparse) > 1 else {}
-    rows |= {"dense" if policy == "full" else policy: [policy] for policy in recorded}
+    rows |= {policy: [policy] for policy in recorded}
     return [
         {
             "runs": name,
