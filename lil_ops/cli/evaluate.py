@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from lil_ops.cli import checks, session
 from lil_ops.cli.errors import UserError, user_errors
 from lil_ops.cli.options import listed, option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lil_ops.evaluation import records
+    from lil_ops.evaluation.answers import Checker
+    from lil_ops.evaluation.data import Problem
+    from lil_ops.evaluation.grid import Combination
+    from lil_ops.evaluation.runner import Runner
 
 GRID, PROBLEMS, GENERATION, MODEL = "What runs", "Problems and answers", "Generation", "Model and machine"
 LOOP_OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "page_size")
@@ -83,10 +92,9 @@ def evaluate(
     from rich.console import Console
     from rich.text import Text
 
-    from lil_ops.cli.eval_display import GridView, print_summary
-    from lil_ops.evaluation import answers, grid, records
-    from lil_ops.evaluation import data as problem_data
-    from lil_ops.evaluation.environment import environment
+    from lil_ops.cli.eval_display import print_summary
+    from lil_ops.evaluation import answers, grid
+    from lil_ops.evaluation import data as sources
     from lil_ops.evaluation.extras import MissingExtraError
 
     options = context.params
@@ -96,64 +104,94 @@ def evaluate(
         budgets = listed(budget, "budget") if budget is not None else []
         combinations = grid.grid(listed(policy, "policy"), budgets, listed(stop, "stop"))
         for each in combinations:
-            checks.check_decoding(each.policy, each.policy_options, page_size, temperature, top_k, top_p)
+            # What a share is of is known with the prompts.
+            if not isinstance(each.policy_options.get("budget"), float):
+                checks.check_decoding(each.policy, each.policy_options, page_size, temperature, top_k, top_p)
         checker = answers.checker(answer)
-        problems = problem_data.load(data, question_field, answer_field, id_field, limit)
+        problems = sources.load(data, question_field, answer_field, id_field, limit)
     checks.check_device(device)
-    with user_errors(OSError):
+    try:
         out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {out}: {error.strerror}") from error
 
     console, errors = Console(), Console(stderr=True)
     try:
         with console.status(Text(f"loading {model}")), nullcontext() if verbose else session.quiet():
             network, tokenizer = session.load(model, dtype, device, threads)
-            texts = [template.replace("{question}", problem.question) for problem in problems]
-            prompts = [session.encode(tokenizer, text, chat) for text in texts]
-            from lil_ops.evaluation.runner import Runner
-
-            loop_options = {name: options[name] for name in LOOP_OPTIONS} | ({"eos_token_id": ()} if ignore_eos else {})
-            runner = Runner(network, tokenizer, problems, prompts, checker, loop_options, seed, batch)
-            refused = {}
-            for each in combinations:
-                try:
-                    runner.check(each)
-                except ValueError as error:
-                    refused[each.name] = str(error)
+            runner = _runner(network, tokenizer, problems, checker, options)
+            refused = _refused(runner, combinations)
         if len(refused) == len(combinations):
             raise UserError(next(iter(refused.values())))
         for name, reason in refused.items():
             errors.print(Text(f"left out: {name}: {reason}"), soft_wrap=True)
-
-        shared = {
-            "model": model,
-            "dtype": str(network.dtype).removeprefix("torch."),
-            "data": data,
-            "problems": len(problems),
-            "problems_sha256": problem_data.fingerprint(problems),
-            "answer_by": answer,
-            "chat": bool(tokenizer.chat_template) if chat is None else chat,
-            "vocab_size": network.get_input_embeddings().num_embeddings,
-            **{name: options[name] for name in (*LOOP_OPTIONS, "template", "ignore_eos", "seed", "batch", "device")},
-        }
-        runs, where = [], environment()
-        for each in combinations:
-            if each.name in refused:
-                continue
-            settings = shared | {
-                "policy": each.policy,
-                "policy_options": each.policy_options,
-                "stop": each.stop,
-            }
-            path = out / f"{each.name}.jsonl"
-            with user_errors(ValueError), records.Writer(path, settings, where) as writer:
-                for damage in writer.run.damaged:
-                    errors.print(Text(f"{path}, {damage}: skipped; what is missing runs again"), soft_wrap=True)
-                with GridView(console, each.name, len(problems), len(writer.run.records)) as view:
-                    for batch_records in runner.run(each, writer, view.step):
-                        view.finished(len(batch_records))
-            runs.append(records.read(path))
-            view.line(runs[-1])
+        settings = _settings(runner, sources.fingerprint(problems), options)
+        runs = [_run(runner, each, settings, out, console, errors) for each in combinations if each.name not in refused]
     except KeyboardInterrupt:
         errors.print(Text(f"interrupted; the same command goes on from here: {out}"), soft_wrap=True)
         raise typer.Exit(130) from None
     print_summary(console, runs)
+
+
+def _runner(network, tokenizer, problems: list[Problem], checker: Checker, options: dict) -> Runner:
+    """The model with the problems' prompts."""
+    from lil_ops.evaluation.runner import Runner
+
+    prompts = []
+    for problem in problems:
+        text = options["template"].replace("{question}", problem.question)
+        prompts.append(session.encode(tokenizer, text, options["chat"]))
+        if not prompts[-1]:
+            raise UserError(f"problem {problem.id!r}: the prompt is empty")
+    loop_options = {name: options[name] for name in LOOP_OPTIONS}
+    if options["ignore_eos"]:
+        loop_options["eos_token_id"] = ()
+    return Runner(network, tokenizer, problems, prompts, checker, loop_options, options["seed"], options["batch"])
+
+
+def _refused(runner: Runner, combinations: list[Combination]) -> dict[str, str]:
+    """Combinations that cannot run these prompts, and why: told before hours are spent on the others."""
+    refused = {}
+    for each in combinations:
+        try:
+            runner.check(each)
+        except ValueError as error:
+            refused[each.name] = str(error)
+    return refused
+
+
+def _settings(runner: Runner, fingerprint: str, options: dict) -> dict:
+    """Of all combinations: what results depend on. Options that say which they are, or how they look, are not in it."""
+    chat = options["chat"]
+    return {
+        **{name: options[name] for name in ("model", "data", "template", "ignore_eos", "seed", "batch", "device")},
+        **{name: options[name] for name in LOOP_OPTIONS},
+        "answer_by": options["answer"],
+        "chat": bool(runner.tokenizer.chat_template) if chat is None else chat,
+        "dtype": str(runner.model.dtype).removeprefix("torch."),
+        "problems": len(runner.problems),
+        "problems_sha256": fingerprint,
+        "vocab_size": runner.model.get_input_embeddings().num_embeddings,
+    }
+
+
+def _run(
+    runner: Runner, combination: Combination, shared: dict, out: Path, console: Console, errors: Console
+) -> records.Run:
+    """One combination, or what is missing of it, into its file."""
+    from rich.text import Text
+
+    from lil_ops.cli.eval_display import GridView
+    from lil_ops.evaluation import records
+    from lil_ops.evaluation.environment import environment
+
+    path, settings = out / f"{combination.name}.jsonl", {**shared, **vars(combination)}
+    with user_errors(ValueError), records.Writer(path, settings, environment()) as writer:
+        for damage in writer.run.damaged:
+            errors.print(Text(f"{path}, {damage}: skipped; what is missing runs again"), soft_wrap=True)
+        with GridView(console, combination.name, len(runner.problems), len(writer.run.records)) as view:
+            for batch in runner.run(combination, writer, view.step):
+                view.finished(len(batch))
+    run = records.read(path)
+    view.line(run)
+    return run

@@ -102,16 +102,20 @@ class Runner:
                 pass
 
     def _loop(self, combination: Combination, batch: list[int], **overrides) -> DecodeLoop:
-        return DecodeLoop(
-            self.model,
-            [self.prompts[i] for i in batch],
-            policy=combination.policy,
-            guardian=stops.parse(combination.stop),
-            # By problem: draws depend neither on the batch nor on the order of the problems.
-            seed=[seed_of(self.seed, self.problems[i].id) for i in batch],
-            **{**self.loop_options, **overrides},
-            **combination.policy_options,
-        )
+        try:
+            return DecodeLoop(
+                self.model,
+                [self.prompts[i] for i in batch],
+                policy=combination.policy,
+                guardian=stops.parse(combination.stop),
+                # By problem: draws depend neither on the batch nor on the order of the problems.
+                seed=[seed_of(self.seed, self.problems[i].id) for i in batch],
+                **{**self.loop_options, **overrides},
+                **combination.policy_options,
+            )
+        # torch's allocators raise nothing more specific.
+        except RuntimeError as error:
+            raise ValueError(f"{combination.name}: no memory for {len(batch)} problems at once: {error}") from error
 
 
 def seed_of(seed: int, id: str) -> int:
