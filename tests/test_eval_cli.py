@@ -223,9 +223,10 @@ def assert_user_error_at_last(outcome: tuple[int, str, str], message: str) -> No
 def test_files_that_are_no_run_or_in_use(evaluate, recorded, tmp_path):
     path = tmp_path / "runs" / "full.off.jsonl"
     path.parent.mkdir()
-    path.write_text('{"question": "mine"}\n')
-    assert_user_error_at_last(evaluate(), "full.off.jsonl, line 1: expected the settings of a run")
-    assert path.read_text() == '{"question": "mine"}\n'
+    for mine in ('{"question": "mine"}\n', "mine"):
+        path.write_text(mine)
+        assert_user_error_at_last(evaluate(), "full.off.jsonl, line 1: expected the settings of a run")
+        assert path.read_text() == mine
     path.unlink()
     settings = read(recorded / "full.off.jsonl").settings
     with records.Writer(path, settings, {}):

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,6 +80,19 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, library, None)
         with pytest.raises(MissingExtraError, match=rf"needs {library}: pip install lil-ops\[{extra}\]"):
             data.load(source)
+
+
+def test_hugging_face(monkeypatch):
+    def load_dataset(*name, split):
+        if split != "test":
+            raise RuntimeError("no such split\nand much more")
+        return [{"problem": "/".join(name), "answer": 4}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert data.load("hf:owner/name:test") == [data.Problem("0", "owner/name", "4")]
+    assert data.load("hf:owner/name:main:test")[0].question == "owner/name/main"
+    with pytest.raises(ValueError, match="^hf:name:train: no such split$"):
+        data.load("hf:name:train")
 
 
 def test_reasoning_gym():

@@ -85,6 +85,9 @@ SHARED = (
 SETTINGS = (*SHARED, "data", "problems", "policy", "policy_options", "stop", "vocab_size")
 
 
+START = b'{"settings"'
+
+
 def read(path: Path) -> Run:
     """The run in a file. Raises ValueError where it is none; damaged lines are only listed."""
     try:
@@ -153,7 +156,7 @@ class Writer:
     def _start(self) -> Run:
         held = self.path.read_bytes()
         # A kill may have come before the first line was whole.
-        if b"\n" not in held:
+        if b"\n" not in held and held[: len(START)] == START[: len(held)]:
             self._file.truncate(0)
             self.append([{"settings": self._settings}])
             run = Run(self.path, self._settings)

@@ -59,7 +59,8 @@ def _part(document: Document, numbers: dict, figures: Figures) -> None:
     document.add(
         Paragraph(
             "JCT = TTFT + (tokens - 1) x TBT. Means a problem; TBT is a mean over all tokens. Problems ran in batches: "
-            "TTFT is the prefill of a whole batch, and a batch gets smaller, and its steps shorter, as outputs end."
+            "TTFT is the prefill of a whole batch, and a batch gets smaller, and its steps shorter, as outputs end. "
+            "Intervals of times are over problems: how times differ between two starts of the same run is not in them."
         )
     )
     _figure(document, figures.jct(), "Mean JCT: light grey TTFT, then (tokens - 1) x TBT. Dotted: dense, no rule.")
@@ -271,8 +272,7 @@ def percent(estimate: Estimate) -> str:
 def points(estimate: Estimate) -> str:
     if math.isnan(estimate.value):
         return "-"
-    # Adding 0 takes the sign off what rounds to -0.
-    value, low, high = (f"{round(100 * each, 1) + 0:+.1f}" for each in estimate[:3])
+    value, low, high = (f"{each:+.1f}" if each else "0.0" for each in (round(100 * each, 1) for each in estimate[:3]))
     return f"{value} [{low}, {high}]"
 
 
