@@ -91,7 +91,7 @@ def test_hugging_face(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert data.load("hf:owner/name:test") == [data.Problem("0", "owner/name", "4")]
     assert data.load("hf:owner/name:main:test")[0].question == "owner/name/main"
-    with pytest.raises(ValueError, match="^hf:name:train: no such split$"):
+    with pytest.raises(ValueError, match=r"^hf:name:train: no such split$"):
         data.load("hf:name:train")
 
 
