@@ -153,7 +153,8 @@ def test_stop_rules_by_name():
     assert stops.parse("guardian") == Guardian() == stops.parse("guardian:250:20")
     assert stops.parse("guardian:64:40:bits") == Guardian(64, 40, "bits")
     for name in ("off", "guardian:250:20", "guardian:64:2.5", "guardian:64:40:bits"):
-        assert stops.name_of(stops.parse(name)) == name
+        assert stops.canonical(name) == name
+    assert stops.canonical("guardian") == "guardian:250:20" and stops.canonical("guardian:9:5.0") == "guardian:9:5"
     for name, message in [
         ("sometimes", "unknown stop rule 'sometimes': expected one of off, guardian"),
         ("guardian:64", "expected guardian:INTERVAL:THRESHOLD"),

@@ -1,14 +1,21 @@
-"""Stop rules by name, as the command line writes them: ``off``, ``guardian``, ``guardian:64:5`` (or ``:bits``).
+"""Stop rules by name, as the command line writes them: ``off``, ``guardian``, ``guardian:64:5``.
 
-A rule of another kind is a class with `StopRule`'s method, and a line in `RULES` that makes it from the parts of its
-name.
+A rule of another kind is a class with `StopRule`'s method, and an entry of `RULES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from lil_ops.guardian import Guardian, StopRule
+
+
+class Kind(NamedTuple):
+    """make: the rule, of the parts of its name behind the kind. parts: those parts, of the rule, in one way only."""
+
+    make: Callable[..., StopRule | None]
+    parts: Callable[[StopRule | None], list[str]]
 
 
 def guardian(interval: str = "250", threshold: str = "20", unit: str = "phrases") -> Guardian:
@@ -16,7 +23,11 @@ def guardian(interval: str = "250", threshold: str = "20", unit: str = "phrases"
     return Guardian(int(interval), float(threshold), unit)
 
 
-RULES: dict[str, Callable[..., StopRule | None]] = {"off": lambda: None, "guardian": guardian}
+def guardian_parts(rule: Guardian) -> list[str]:
+    return [str(rule.interval), f"{rule.threshold:g}", *([rule.unit] if rule.unit != "phrases" else [])]
+
+
+RULES = {"off": Kind(lambda: None, lambda rule: []), "guardian": Kind(guardian, guardian_parts)}
 
 
 def parse(name: str) -> StopRule | None:
@@ -27,16 +38,15 @@ def parse(name: str) -> StopRule | None:
     if kind == "guardian" and len(parts) == 1:
         raise ValueError(f"stop rule {name!r}: expected guardian:INTERVAL:THRESHOLD, or guardian alone")
     try:
-        return RULES[kind](*parts)
+        return RULES[kind].make(*parts)
     except (TypeError, ValueError) as error:
         # What int() and float() say of a word does not say where it stood.
         reason = error if str(error).startswith("Guardian") else "expected numbers, as in guardian:64:5"
         raise ValueError(f"stop rule {name!r}: {reason}") from error
 
 
-def name_of(rule: StopRule | None) -> str:
+def canonical(name: str) -> str:
     """One name for one rule: ``guardian`` and ``guardian:250:20`` are the same."""
-    if not isinstance(rule, Guardian):
-        return "off"
-    unit = "" if rule.unit == "phrases" else f":{rule.unit}"
-    return f"guardian:{rule.interval}:{rule.threshold:g}{unit}"
+    kind = name.partition(":")[0]
+    rule = parse(name)
+    return ":".join([kind, *RULES[kind].parts(rule)])
