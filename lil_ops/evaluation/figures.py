@@ -129,7 +129,11 @@ class Figures:
                 for place, policy in enumerate(policies):
                     run = found.get((policy, stop))
                     if run is None:
-                        axes.text(0, place, " no run", va="center", color="#777777", fontsize=8)
+                        # On white, and off the axis: the dotted line may pass here.
+                        axes.annotate(
+                            "no run", (0, place), xytext=(6, 0), textcoords="offset points", va="center",
+                            color="#777777", fontsize=8, bbox={"boxstyle": "square,pad=0", "color": "white"}, zorder=3,
+                        )  # fmt: skip
                         continue
                     total, first = run["jct_s"], run["ttft_s"].value
                     axes.barh(place, first, color="#bbbbbb", height=0.7)
@@ -145,7 +149,7 @@ class Figures:
                 for axes in panels:
                     axes.axvline(dense["jct_s"].value, color="black", linewidth=1, linestyle=":")
             panels[0].set_yticks(range(len(policies)), policies)
-            panels[0].invert_yaxis()
+            panels[0].set_ylim(len(policies) - 0.4, -0.6)
             panels[0].set_xlim(left=0)
             return self._save(figure, "jct")
 
@@ -172,9 +176,8 @@ class Figures:
             axes.set_xlim(min(low, 0.48), max(high, 2.1))
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
             axes.set_xlabel("relative to dense")
-            axes.set_ylim(-0.6, len(runs) - 0.4)
+            axes.set_ylim(len(runs) - 0.4, -0.6)
             axes.set_yticks(range(len(runs)), [run["policy"] for run in runs])
-            axes.invert_yaxis()
             axes.grid(axis="y", visible=False)
             self._legend(figure, axes)
             return self._save(figure, "factors")
@@ -241,7 +244,10 @@ class Figures:
         for each in axes:
             for handle, label in zip(*each.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper")
+        # Series in the order of all figures; the sort keeps what is none in its own.
+        order = ["dense", *self._colour]
+        labels = sorted(handles, key=lambda label: order.index(label) if label in order else 0)
+        figure.legend([handles[label] for label in labels], labels, loc="outside right upper")
 
     def _new(self, rows: int, columns: int, width: float, height: float, **sharing):
         figure = self._matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
