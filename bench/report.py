@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from report_field import field_lines
+
 BENCH = Path(__file__).resolve().parent
 REPORT = BENCH.parent / "docs" / "performance.md"
 
@@ -177,7 +179,7 @@ def _time(us: float) -> str:
 
 def report() -> None:
     lines = ["# Performance", "", "Generated from `bench/results/*.json` by `bench/report.py`; do not edit."]
-    for name, make in (("cpu", cpu_lines), ("cuda", cuda_lines)):
+    for name, make in (("cpu", cpu_lines), ("cuda", cuda_lines), ("field", field_lines)):
         result = BENCH / "results" / f"{name}.json"
         if result.exists():
             lines += ["", *make(json.loads(result.read_text()))]

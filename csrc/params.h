@@ -155,6 +155,20 @@ struct EvictPagesParams {
   int32_t* slots;  // [batch, kv_heads]
 };
 
+enum class FoldRule : int32_t { kSum, kLast, kStamp };
+
+// Heads hold a fixed number of pages of page_size tokens, or single tokens (1).
+struct FoldMassParams {
+  float* priority;      // [batch, kv_heads, capacity]
+  const float* mass;    // [batch, q_heads, entries]
+  const int32_t* held;  // [batch, kv_heads, capacity]: the logical page in each slot, -1: free
+  const int32_t* seq_lens;
+  int64_t batch, kv_heads, group, q_heads, capacity, entries, page_size;
+  FoldRule rule;
+  bool shared;   // the mass of all query heads
+  double share;  // kStamp: of the slots that hold a page
+};
+
 // Slot keep[b, h, i] of a head moves to slot i, for the first counts[b] entries.
 struct CompactKvParams {
   KvCache cache;

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import mmap
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,6 +73,20 @@ class Step:
     positions: torch.Tensor
     prompt_lens: torch.Tensor
     cu_seqlens: torch.Tensor | None
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns the first time: for what a policy derives from these tensors, the same in all layers.
+
+        A CUDA graph has to be captured from a step of which nothing was made yet, or its replays do not make it.
+        """
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def forget(self) -> None:
+        """The tensors are to hold the next step: make everything again."""
+        self._made.clear()
 
     def take(self, state: torch.Tensor) -> torch.Tensor:
         """The step's rows of a tensor that has one entry a cache row: the tensor itself where the step serves all."""
@@ -101,6 +115,14 @@ class Pool:
     def needed(self, row: int, held: int) -> int:
         """Pages to map before the row can hold so many tokens."""
         return max(0, -(-held // self.page_size) - len(self.pages[row]))
+
+    def check_free(self, count: int) -> None:
+        """Raise `OutOfPagesError` unless so many pages are free."""
+        if count > len(self.free):
+            raise OutOfPagesError(
+                f"PagedKVCache: this step needs {count} more pages of {self.page_size} tokens, "
+                f"{len(self.free)} of {self.num_pages} are free: {count - len(self.free)} short"
+            )
 
     def map(self, row: int, count: int) -> None:
         if count == 0:
@@ -178,12 +200,14 @@ class PagedKVCache:
         self.kv_heads, self.head_dim, self.dtype, self.device = kv_heads, head_dim, dtype, torch.device(device)
         self._pools = {room: Pool(room, batch, max_tokens, page_size, num_pages, device) for room in rooms or [ALL]}
 
-        def buffers(*shape: int) -> list[torch.Tensor]:
-            sizes = [self._pools[room].num_pages for room in rooms]
+        def buffers(*shape: int, spare: int = 0) -> list[torch.Tensor]:
+            sizes = [self._pools[room].num_pages + spare for room in rooms]
             return [huge_pages(torch.empty((pages, *shape), dtype=dtype, device=device)) for pages in sizes]
 
         self.k, self.v = (buffers(kv_heads, page_size, head_dim) for _ in range(2))
-        self.summary = buffers(kv_heads, vectors, head_dim) if summary_mode else [None] * num_layers
+        # Where a policy fills the summaries, the last one is nobody's: that of page -1, which is not mapped.
+        spare = int(summary_mode == "representative")
+        self.summary = buffers(kv_heads, vectors, head_dim, spare=spare) if summary_mode else [None] * num_layers
         rows = page_size + page_size + (vectors if summary_mode else 0)
         for room in rooms:
             self._pools[room].page_bytes += kv_heads * rows * head_dim * dtype.itemsize
@@ -234,6 +258,25 @@ class PagedKVCache:
         for room, (held, needed) in plans.items():
             self._steps[room] = self._open(self._pools[room], list(rows), held, needed, new_tokens, positions)
         self.bytes_peak = max(self.bytes_peak, self.bytes_in_use)
+
+    def reserve(self, row: int, prompt: int, new: int) -> None:
+        """Map the pages of a whole sequence ahead: ``prompt`` tokens and then ``new`` ones.
+
+        Raises `OutOfPagesError` naming the shortfall, as `begin_step` does; the cache is then unchanged.
+        """
+        plans = {}
+        for pool in self._pools.values():
+            held = pool.room.after(0, prompt, prompt=True) + new
+            needed = pool.needed(row, held if pool.room.total is None else min(held, pool.room.total))
+            pool.check_free(needed)
+            plans[pool] = needed
+        for pool, needed in plans.items():
+            pool.map(row, needed)
+        self.bytes_peak = max(self.bytes_peak, self.bytes_in_use)
+
+    def install(self, steps: dict[Room, Step]) -> None:
+        """Let the layers see these steps, which somebody else makes and advances (`DeviceSteps`)."""
+        self._steps.update(steps)
 
     def free(self, row: int) -> None:
         """Return all pages of a row to the pools; the row is empty and can serve a new sequence."""
@@ -295,11 +338,7 @@ class PagedKVCache:
         """Tokens that each row will hold, and pages to map for them; raises where the pool has too few."""
         held = [pool.room.after(pool.held[row], n, prompt) for row, n in zip(rows, new_tokens, strict=True)]
         needed = [pool.needed(row, tokens) for row, tokens in zip(rows, held, strict=True)]
-        if sum(needed) > len(pool.free):
-            raise OutOfPagesError(
-                f"PagedKVCache: this step needs {sum(needed)} more pages of {self.page_size} tokens, "
-                f"{len(pool.free)} of {pool.num_pages} are free: {sum(needed) - len(pool.free)} short"
-            )
+        pool.check_free(sum(needed))
         return held, needed
 
     def _open(

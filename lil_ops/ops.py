@@ -54,7 +54,8 @@ def append_kv(
         k, v: ``[tokens, kv_heads, head_dim]`` in the cache's dtype; for a float8 cache fp32, fp16 or bf16, both the
             same.
         page_table: see the module. seq_lens: ``[batch]``, the new tokens included: they take the last places.
-        cu_seqlens: ``[batch + 1]`` offsets of each sequence's new tokens in k and v; None: one token a sequence.
+        cu_seqlens: ``[batch + 1]`` offsets of each sequence's new tokens in k and v; None: one token a sequence, and a
+            sequence of length 0 takes no part.
         summary_mode: what a summary holds: ``"minmax"``, the exact min and max of each element; ``"meanstd"``, its mean
             and population standard deviation. ``"representative"`` is refused: which keys represent a page is for the
             policy to say, which writes such summaries itself.
@@ -403,6 +404,44 @@ def evict_pages(
     )
 
 
+def fold_mass(
+    priority: torch.Tensor,
+    mass: torch.Tensor,
+    held: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_size: int,
+    *,
+    rule: str = "sum",
+    shared: bool = False,
+    share: float = 0.5,
+) -> None:
+    """Make of the softmax mass of what was read the priorities by which `evict_pages` lets go. After the attention.
+
+    The mass m of a slot is the sum over the query heads of its KV head, or, ``shared``, over all query heads. A slot is
+    *begun* where the newest token is the first of what it holds: what was in it before does not count.
+
+    - ``"sum"`` (H2O): m is added; where the slot is begun, the priority is m.
+    - ``"last"`` (TOVA): the priority is m.
+    - ``"stamp"`` (RaaS): the priority is ``seq_lens[b]`` where the slot is begun, or is among the top ``share`` of the
+      head's slots that hold something: where fewer than ``share`` times their number have more mass. Else it stays.
+
+    Args:
+        priority: ``[batch, kv_heads, capacity]`` float32; written.
+        mass: ``[batch, q_heads, entries]`` float32, of `sparse_decode` over the slots: entry s is slot s. Past its end
+            the mass is 0; entries past the slots are not looked at.
+        held, seq_lens, page_size: those of `evict_pages`, which came before. All are contiguous.
+        share: above 0 and up to 1; for ``"stamp"`` alone.
+
+    On CUDA ``"stamp"`` takes up to 8192 slots.
+
+    Equivalent PyTorch for ``"sum"``::
+
+        begun = held * page_size + 1 == seq_lens[:, None, None]
+        priority.masked_fill_(begun, 0).add_(mass.unflatten(1, (kv_heads, -1)).sum(2))
+    """
+    _lil.fold_mass(priority, mass, held, seq_lens, page_size, rule=rule, shared=shared, share=share)
+
+
 def compact_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -588,6 +627,11 @@ def _(q, *args, **options):
 @torch.library.register_fake("lil::evict_pages")
 def _(held, *args, **options):
     return held.new_empty(held.shape[:2])
+
+
+@torch.library.register_fake("lil::fold_mass")
+def _(*args, **options):
+    return None
 
 
 @torch.library.register_fake("lil::compact_kv")

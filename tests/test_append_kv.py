@@ -309,6 +309,21 @@ def test_opcheck_float8(device):
     torch.library.opcheck(torch.ops.lil.append_kv.default, args, cache.scales, test_utils=OPCHECKS_OF_FLOAT8)
 
 
+@pytest.mark.parametrize("slots", [None, -1])
+def test_a_sequence_of_no_tokens_takes_no_part(device, slots):
+    cache = paged(device, [20, 0, 5])
+    k, v = new_tokens(3, cache)
+    buffers = [t.clone() for t in (cache.k, cache.v, cache.summary)]
+    slots = None if slots is None else torch.full((3, cache.k.shape[1]), slots, dtype=torch.int32, device=device)
+    lil_ops.append_kv(cache.k, cache.v, cache.summary, k, v, cache.page_table, cache.seq_lens, slots=slots)
+    expected = reference.append_kv(*buffers, k, v, cache.page_table, cache.seq_lens, slots=slots)
+    for actual, before, wanted in zip((cache.k, cache.v, cache.summary), buffers, expected, strict=True):
+        torch.testing.assert_close(actual, wanted.to(actual.dtype), rtol=0, atol=0, equal_nan=True)
+        assert not torch.equal(actual.nan_to_num(), before.nan_to_num())
+    if device == "cuda":
+        lil_ops.check_errors()
+
+
 def slots_like(a):
     return a["seq_lens"].new_zeros(2, 2)
 
@@ -333,7 +348,9 @@ BAD = {
     "page_table: expected shape": lambda a: a.update(page_table=a["page_table"][:1]),
     "seq_lens: expected Int": lambda a: a.update(seq_lens=a["seq_lens"].long()),
     "seq_lens: expected 0 to": lambda a: a.update(seq_lens=a["seq_lens"].new_tensor([20, 1000])),
-    "seq_lens: expected at least the 1 tokens": lambda a: a.update(seq_lens=a["seq_lens"].new_tensor([20, 0])),
+    "seq_lens: expected at least the 2 tokens": lambda a: a.update(
+        seq_lens=a["seq_lens"].new_tensor([20, 1]), cu_seqlens=a["seq_lens"].new_tensor([0, 0, 2])
+    ),
     "page_table: expected a page from 0": lambda a: a.update(page_table=a["page_table"] * 0 - 1),
     "page_table: expected a page from 0 to": lambda a: a.update(page_table=a["page_table"] * 0 + 1000),
     "cu_seqlens: expected ascending": lambda a: a.update(cu_seqlens=a["seq_lens"].new_tensor([0, 2, 1])),

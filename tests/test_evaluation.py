@@ -152,7 +152,7 @@ def test_stop_rules_by_name():
     assert stops.parse("off") is None
     assert stops.parse("guardian") == Guardian() == stops.parse("guardian:250:20")
     assert stops.parse("guardian:64:40:bits") == Guardian(64, 40, "bits")
-    for name in ("off", "guardian:250:20", "guardian:64:2.5", "guardian:64:40:bits"):
+    for name in ("off", "guardian:250:20", "guardian:64:2.5", "guardian:64:40:bits", "repetition:32:1:4", "tokens:500"):
         assert stops.canonical(name) == name
     assert stops.canonical("guardian") == "guardian:250:20" and stops.canonical("guardian:9:5.0") == "guardian:9:5"
     for name, message in [
@@ -163,6 +163,8 @@ def test_stop_rules_by_name():
         ("guardian:64:5:bytes", "unit: expected"),
         ("guardian:1:2:bits:4", "expected numbers"),
         ("off:1", "stop rule 'off:1'"),
+        ("tokens", "expected numbers"),
+        ("repetition:0", "max_pattern: expected"),
     ]:
         with pytest.raises(ValueError, match=message):
             stops.parse(name)
@@ -228,6 +230,11 @@ def test_a_replay_stops_where_the_rule_would():
     assert stops_at(Guardian(8, 0), outputs) == [40, 20, 16, 16, 5]
     assert stops_at(Guardian(8, 4), outputs) == [8, 16, 8, 8, 5]
     assert stops_at(Guardian(8, 1), []) == []
+    # Rules of other kinds see the tokens too.
+    assert stops_at(stops.parse("repetition:4:1:3"), outputs) == [3, 20, 3, 3, 3]
+    assert stops_at(stops.parse("tokens:16"), outputs) == [16, 16, 16, 16, 5]
+    with pytest.raises(ValueError, match="needs the information loss"):
+        stops_at(Guardian(8, 1, loss_aware=True), outputs)
 
 
 def test_the_effect_of_a_replay_counts_answers_given_before_the_stop():

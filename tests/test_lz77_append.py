@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lil_ops import _C, ops
-from lil_ops.guardian import Lz77Tracker
 from lil_ops.reference.lz77_append import lz77_sizes
+from lil_ops.stopping import Lz77Tracker
 
 OPERATOR = "lz77_append"
 VOCAB = 50000

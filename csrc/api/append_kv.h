@@ -1,6 +1,7 @@
 #pragma once
 
 #include "api/checks.h"
+#include "api/name.h"
 
 namespace lil {
 
@@ -67,7 +68,7 @@ AppendKvParams append_kv_params(const char* op, Tensor& k_cache, Tensor& v_cache
 template <class Backend>
 void append_kv(Tensor k_cache, Tensor v_cache, std::optional<Tensor> summary, const Tensor& k, const Tensor& v,
                const Tensor& page_table, const Tensor& seq_lens, const std::optional<Tensor>& cu_seqlens,
-               const std::string& mode, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
+               const Name& mode, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
                const std::optional<Tensor>& slots) {
   const AppendKvParams params = append_kv_params<Backend>("append_kv", k_cache, v_cache, summary, k, v, page_table,
                                                           seq_lens, cu_seqlens, mode, k_scale, v_scale, slots);

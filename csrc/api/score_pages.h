@@ -6,6 +6,7 @@
 
 #include "api/append_kv.h"
 #include "api/checks.h"
+#include "api/name.h"
 
 namespace lil {
 
@@ -52,7 +53,7 @@ ScorePagesParams score_pages_params(const char* op, const Tensor& q, const Tenso
 
 template <class Backend>
 Tensor score_pages(const Tensor& q, const Tensor& summary, const Tensor& page_table, const Tensor& seq_lens,
-                   int64_t page_size, std::optional<double> scale, const std::string& mode,
+                   int64_t page_size, std::optional<double> scale, const Name& mode,
                    const std::optional<Tensor>& k_scale) {
   const char* op = "score_pages";
   ScorePagesParams params = score_pages_params<Backend>(op, q, summary, page_table, seq_lens, page_size, scale,

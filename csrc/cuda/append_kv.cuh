@@ -87,7 +87,7 @@ __device__ void append_token(const AppendKvParams& p, int32_t row, int32_t b, in
   constexpr int kElements = AppendVector<T>::kElements;
   const PageSize page_size(p.cache.page_size);
   const int32_t length = checked_length(finding, p.seq_lens, b, p.pages.max_pages << page_size.shift);
-  if (finding.wrong != Wrong::kNothing) return;
+  if (finding.wrong != Wrong::kNothing || (!p.cu_seqlens && length == 0)) return;
   finding.note(last - first > length, Wrong::kSeqLensShort, length, last - first);
   if (last - first > length) return;
   const int32_t given = p.slots ? p.slots[b * p.cache.kv_heads + h] : -1;

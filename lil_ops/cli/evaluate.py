@@ -40,7 +40,9 @@ def evaluate(
     stop: Annotated[
         str,
         option(
-            GRID, "Stop rules, comma-separated: off, guardian, guardian:INTERVAL:THRESHOLD[:bits].", show_default=True
+            GRID,
+            "Stop rules, comma-separated: off, guardian[:INTERVAL:THRESHOLD[:bits]], repetition, tokens:COUNT.",
+            show_default=True,
         ),
     ] = "off",
     question_field: Annotated[
@@ -104,9 +106,7 @@ def evaluate(
         budgets = listed(budget, "budget") if budget is not None else []
         combinations = grid.grid(listed(policy, "policy"), budgets, listed(stop, "stop"))
         for each in combinations:
-            # What a share is of is known with the prompts.
-            if not isinstance(each.policy_options.get("budget"), float):
-                checks.check_decoding(each.policy, each.policy_options, page_size, temperature, top_k, top_p)
+            checks.check_decoding(each.policy, each.policy_options, page_size, temperature, top_k, top_p)
         checker = answers.checker(answer)
         problems = sources.load(data, question_field, answer_field, id_field, limit)
     checks.check_device(device)

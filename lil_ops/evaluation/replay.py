@@ -16,7 +16,7 @@ import torch
 from lil_ops.evaluation.answers import Checker, checker
 from lil_ops.evaluation.records import Run
 from lil_ops.evaluation.statistics import Estimate, mean, ratio
-from lil_ops.guardian import StopReason, StopRule
+from lil_ops.stopping import Progress, StopReason, StopRule
 
 
 @dataclass(frozen=True)
@@ -55,31 +55,36 @@ def outputs(run: Run) -> dict[str, Output]:
 
 
 def stops_at(rule: StopRule, outputs: Sequence[Output]) -> list[int]:
-    """How many tokens each output has under the rule."""
+    """How many tokens each output has under the rule. Raises ValueError for a rule that needs what is not recorded."""
+    if rule.needs_loss:
+        raise ValueError("replay: the rule needs the information loss of each step, which is not recorded")
     if not outputs:
         return []
     lengths = torch.tensor([len(output) for output in outputs])
     ended = torch.tensor([output.record["stop"] == "eos" for output in outputs])
     longest = int(lengths.max())
 
-    def padded(curves: list[np.ndarray]) -> torch.Tensor:
+    def padded(columns: list, dtype: torch.dtype) -> torch.Tensor:
         """``[tokens, outputs]``; what is past an output's end is never looked at."""
-        table = torch.zeros(longest, len(curves), dtype=torch.int32)
-        for column, curve in enumerate(curves):
-            table[: len(curve), column] = torch.from_numpy(curve)
+        table = torch.zeros(longest, len(columns), dtype=dtype)
+        for i, column in enumerate(columns):
+            table[: len(column), i] = torch.as_tensor(column, dtype=dtype)
         return table
 
-    phrases = padded([output.phrases for output in outputs])
-    bits = padded([output.bits for output in outputs])
+    tokens = padded([output.record["tokens"] for output in outputs], torch.int64)
+    phrases = padded([output.phrases for output in outputs], torch.int32)
+    bits = padded([output.bits for output in outputs], torch.int32)
     state = rule.start(len(outputs), "cpu")
     stop = torch.zeros(len(outputs), dtype=torch.int32)
     num_tokens = torch.zeros(len(outputs), dtype=torch.int32)
     at = lengths.clone()
     for step in range(longest):
-        last = (lengths == step + 1) & (stop == StopReason.RUNNING)
+        active = stop == StopReason.RUNNING
+        last = (lengths == step + 1) & active
         stop.masked_fill_(last & ended, StopReason.EOS)
         before = stop.clone()
-        state.check(phrases[step], bits[step], num_tokens.fill_(step + 1), stop)
+        sizes = tokens[step], phrases[step], bits[step], num_tokens.fill_(step + 1)
+        state.check(Progress(*sizes, active, None, stop))
         at[stop != before] = step + 1
         stop.masked_fill_(last & (stop == StopReason.RUNNING), StopReason.LENGTH)
     return at.tolist()

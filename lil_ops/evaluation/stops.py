@@ -1,6 +1,6 @@
 """Stop rules by name, as the command line writes them: ``off``, ``guardian``, ``guardian:64:5``.
 
-A rule of another kind is a class with `StopRule`'s method, and an entry of `RULES`.
+A rule of another kind is a subclass of `StopRule`, and an entry of `RULES`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lil_ops.guardian import Guardian, StopRule
+from lil_ops.baselines import Repetition, TokenBudget
+from lil_ops.guardian import Guardian
+from lil_ops.stopping import StopRule
 
 
 class Kind(NamedTuple):
@@ -27,7 +29,16 @@ def guardian_parts(rule: Guardian) -> list[str]:
     return [str(rule.interval), f"{rule.threshold:g}", *([rule.unit] if rule.unit != "phrases" else [])]
 
 
-RULES = {"off": Kind(lambda: None, lambda rule: []), "guardian": Kind(guardian, guardian_parts)}
+RULES = {
+    "off": Kind(lambda: None, lambda rule: []),
+    "guardian": Kind(guardian, guardian_parts),
+    # MAX_PATTERN:MIN_PATTERN:COUNT
+    "repetition": Kind(
+        lambda *parts: Repetition(*map(int, parts)),
+        lambda rule: [str(rule.max_pattern), str(rule.min_pattern), str(rule.count)],
+    ),
+    "tokens": Kind(lambda count: TokenBudget(int(count)), lambda rule: [str(rule.tokens)]),
+}
 
 
 def parse(name: str) -> StopRule | None:
@@ -41,7 +52,7 @@ def parse(name: str) -> StopRule | None:
         return RULES[kind].make(*parts)
     except (TypeError, ValueError) as error:
         # What int() and float() say of a word does not say where it stood.
-        reason = error if str(error).startswith("Guardian") else "expected numbers, as in guardian:64:5"
+        reason = error if ": expected" in str(error) else "expected numbers, as in guardian:64:5"
         raise ValueError(f"stop rule {name!r}: {reason}") from error
 
 

@@ -17,6 +17,7 @@ class Quest(Policy):
     name = "quest"
     rule = "pages with the highest min/max bound of q . k"
     source = "arXiv 2406.10774"
+    tells_loss = True
 
     def __init__(self, budget=None, *, dense_layers: int = 2, scoring: str = "minmax", **options):
         super().__init__(budget, dense_layers=dense_layers, **options)
@@ -44,4 +45,4 @@ class Quest(Policy):
             recent=self.recent,
             protected_lens=self.protected_lens(cache, layer),
         )
-        return Selection(pages, counts)
+        return Selection(pages, counts, scores)

@@ -33,6 +33,8 @@ def append_kv(
     offsets = range(len(seq_lens) + 1) if cu_seqlens is None else cu_seqlens.tolist()
     for b, length in enumerate(seq_lens.tolist()):
         count = offsets[b + 1] - offsets[b]
+        if cu_seqlens is None and length == 0:
+            continue  # takes no part
         for h in range(kv_heads):
             first = length - count if slots is None or slots[b, h] == -1 else int(slots[b, h])
             for token in range(first, first + count):
