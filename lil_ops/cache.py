@@ -229,6 +229,10 @@ class PagedKVCache:
         """Bytes of the pages that hold some row's tokens, over all layers: K, V and summaries."""
         return sum((pool.num_pages - len(pool.free)) * pool.page_bytes for pool in self._pools.values())
 
+    def bytes_of(self, row: int) -> int:
+        """Of `bytes_in_use`, those of one row."""
+        return sum(len(pool.pages[row]) * pool.page_bytes for pool in self._pools.values())
+
     def pool_of(self, layer: int) -> Pool:
         """The pages of this layer."""
         return self._pools[self.rooms[layer]]

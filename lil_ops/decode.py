@@ -48,7 +48,7 @@ class DecodeLoop:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         page_size: int = 16,
         **policy_options,
     ):
@@ -77,7 +77,7 @@ class DecodeLoop:
         self._max_new_tokens = max_new_tokens
         self._sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         # Drawn before the run, from each row's own generator: they depend neither on the batch nor on who stops.
-        self._uniforms = torch.stack([_uniforms(max_new_tokens, seed + row) for row in range(batch)])
+        self._uniforms = torch.stack([_uniforms(max_new_tokens, each) for each in _seeds(seed, batch)])
         # Who stops is decided on the CPU, which reads each step's tokens anyway, and where lz77_append has its kernel.
         self._eos = torch.tensor(_eos_ids(model, eos_token_id), dtype=torch.int64)
         self._tracker = Lz77Tracker(batch, max_new_tokens, self._vocab_size)
@@ -94,6 +94,7 @@ class DecodeLoop:
         self._output: list[list[int]] = [[] for _ in range(batch)]
         self._reasons = [StopReason.RUNNING] * batch
         self._step_times: list[float] = []
+        self._kv_bytes = [0] * batch
 
     def __enter__(self) -> DecodeLoop:
         self._attention_before = self._model.config._attn_implementation
@@ -137,6 +138,8 @@ class DecodeLoop:
             kv_bytes_peak=self.cache.kv.bytes_peak,
             lz77=curves,
             events=[list(course.events) for course in self._courses],
+            # A stopped row's pages are free again, so it has none now.
+            kv_bytes=[self._kv_bytes[row] or self.cache.kv.bytes_of(row) for row in range(len(self._output))],
         )
 
     def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -175,6 +178,7 @@ class DecodeLoop:
             self._reasons[row] = StopReason(stop[row])
         stopped = {row: self._reasons[row] for row in served if stop[row]}
         for row in stopped:
+            self._kv_bytes[row] = self.cache.kv.bytes_of(row)
             self.cache.kv.free(row)
         if stopped:
             self._run([row for row in served if row not in stopped])
@@ -225,7 +229,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     page_size: int = 16,
     on_token: Callable[[StepEvent], object] | None = None,
     **policy_options,
@@ -240,7 +244,8 @@ def generate(
             `Guardian`; None: no early stop. action: what it brings about: `Answer`, `Rescue`; None: the end.
         max_new_tokens: per sequence. eos_token_id: id or ids; None: the model's own; ``()``: none.
         temperature, top_k, top_p: as in `lil_ops.sampling.sample`; temperature 0 is greedy. seed: sequence ``row``
-            draws from its own generator, seeded ``seed + row``.
+            draws from its own generator, seeded ``seed + row``; or a list of one seed a sequence, which makes its draws
+            independent of its place in the batch too.
         page_size: tokens in a page of the cache. on_token: called with a `StepEvent` after each step; what it raises
             ends the generation (use `DecodeLoop` to keep what was produced).
 
@@ -251,7 +256,7 @@ def generate(
     or an option out of range.
     """
     if len(input_ids) == 0:
-        return GenerationResult(tokens=[], stop_reason=[], step_times=[], kv_bytes_peak=0, lz77=[])
+        return GenerationResult(tokens=[], stop_reason=[], step_times=[], kv_bytes_peak=0, lz77=[], kv_bytes=[])
     loop = DecodeLoop(
         model,
         input_ids,
@@ -299,6 +304,13 @@ def _check_prompts(input_ids: TokenIds, vocab_size: int) -> list[torch.Tensor]:
             )
         prompts.append(ids)
     return prompts
+
+
+def _seeds(seed: int | Sequence[int], batch: int) -> list[int]:
+    seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != batch:
+        raise ValueError(f"seed: expected a number, or one for each of {batch} sequences, got {len(seeds)}")
+    return seeds
 
 
 def _uniforms(count: int, seed: int) -> torch.Tensor:

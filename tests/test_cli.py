@@ -20,10 +20,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import lil_ops
 from lil_ops.cli import display, main, session
 from lil_ops.cli.display import RunView, seconds, size
-from lil_ops.cli.text import Detokenizer
 from lil_ops.decode import DecodeLoop
 from lil_ops.result import StepEvent
 from lil_ops.stopping import StopReason
+from lil_ops.text import Detokenizer
 
 PROMPT = "Ten pens, six books: what is the change?"
 QUEST = ["--policy", "quest", "--budget", "32"]

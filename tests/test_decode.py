@@ -43,7 +43,8 @@ def test_result(model):
     assert len(result.step_times) == NEW and result.ttft == result.step_times[0] > 0
     assert result.jct == pytest.approx(result.ttft + (NEW - 1) * result.tbt)
     # 51 and 36 cached tokens: the last one is not fed back. 4 + 3 pages of 16, K and V, 4 layers, 2 heads, 64 floats.
-    assert result.kv_bytes_peak == 7 * 16 * 2 * 4 * 2 * 64 * 4
+    page = 16 * 2 * 4 * 2 * 64 * 4
+    assert result.kv_bytes_peak == 7 * page and result.kv_bytes == [4 * page, 3 * page]
     for curve, phrases, ratio in zip(result.lz77, result.phrases, result.ratio, strict=True):
         assert len(curve) == NEW and (curve[1:] >= curve[:-1]).all() and curve[-1] == phrases
         assert ratio == phrases / NEW
@@ -106,6 +107,10 @@ def test_sampling_depends_on_the_rows_own_seed(model):
     assert first == generate(model, batch, seed=7, **options).tokens
     assert first != generate(model, batch, seed=8, **options).tokens
     assert first == [generate(model, [prompt], seed=7 + row, **options).tokens[0] for row, prompt in enumerate(batch)]
+    # A seed for each sequence frees it from its place in the batch.
+    assert first[::-1] == generate(model, batch[::-1], seed=[9, 8, 7], **options).tokens
+    with pytest.raises(ValueError, match="seed: expected a number, or one for each of 3 sequences, got 2"):
+        generate(model, batch, seed=[1, 2], **options)
 
 
 def test_events_stream_the_result(model):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import typer
 
 from lil_ops.cli.errors import UserError
+from lil_ops.cli.eval_report import report
+from lil_ops.cli.evaluate import evaluate
 from lil_ops.cli.generate import generate
 from lil_ops.cli.info import info
 from lil_ops.cli.policies import policies
+from lil_ops.cli.replay import replay
 
 # Typer's usage errors have a public name only through this subclass of theirs.
 USER_ERRORS = (UserError, typer.BadParameter.__base__)
@@ -22,3 +25,6 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(info)
 app.command()(policies)
+app.command("eval")(evaluate)
+app.command()(replay)
+app.command()(report)

@@ -16,8 +16,8 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from lil_ops.cli.runs import Outcome, Run
-    from lil_ops.cli.text import Detokenizer
     from lil_ops.result import StepEvent
+    from lil_ops.text import Detokenizer
 
 REFRESH_SECONDS = 0.1
 # Everything that moves the cursor or changes the terminal's state, save newline and tab.

@@ -10,17 +10,14 @@ from typing import Annotated, Literal
 import typer
 
 from lil_ops.cli import checks, session
+from lil_ops.cli.options import option as _option
 from lil_ops.cli.runs import Decoder, Outcome, make_action, plan
-from lil_ops.cli.text import Detokenizer
+from lil_ops.text import Detokenizer
 
 POLICY, STOP, GENERATION, MODEL, OUTPUT = "Policy", "Early stop", "Generation", "Model and machine", "Output"
 POLICY_OPTIONS = ("sink", "recent", "protect_prompt", "dense_layers", "scoring", "summary_dtype")
 GUARDIAN_OPTIONS = ("interval", "threshold", "unit", "loss_aware")
 LOOP_OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "page_size")
-
-
-def _option(panel: str, help: str, *names: str, show_default: bool | str = False, **limits):
-    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=show_default, **limits)
 
 
 def generate(

@@ -1,0 +1,295 @@
+"""The report of some runs: Markdown with figures, one HTML page, and the numbers as JSON, in a folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from lil_ops.evaluation.document import Document, Figure, Heading, Paragraph, Table
+from lil_ops.evaluation.figures import Figures
+from lil_ops.evaluation.records import Run
+from lil_ops.evaluation.statistics import RESAMPLES, Estimate
+from lil_ops.evaluation.summary import groups, summary
+
+NO_DENSE = "Left out: there is no dense run without a stop rule (--policy full --stop off) of these problems."
+NO_SPARSE = "Left out: there is no run of a sparse policy without a stop rule."
+
+
+def write_report(
+    runs: Sequence[Run], folder: Path, intervals: Sequence[int], thresholds: Sequence[float]
+) -> list[Path]:
+    """Write report.md, report.html, report.json and the figures; returns their paths.
+
+    Runs of different models, problems or generation options get a part each. Raises ValueError where two files are of
+    the same run, `MissingExtraError` without matplotlib.
+    """
+    parts = groups(runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    document, numbers, written = Document("Sparse attention and early stop, end to end"), [], []
+    document.add(
+        Paragraph(
+            f"Brackets are 95 % confidence intervals: percentiles of {RESAMPLES} bootstrap resamples of the problems. "
+            "n is the number of problems. Comparisons are of the same problems."
+        )
+    )
+    for place, part in enumerate(parts):
+        numbers.append(summary(part, intervals, thresholds))
+        figures = Figures(folder, f"{place + 1}_" if len(parts) > 1 else "", numbers[-1])
+        _part(document, numbers[-1], figures)
+        written += figures.written
+    texts = {
+        "report.md": document.markdown(),
+        "report.html": document.html(folder),
+        "report.json": json.dumps(_plain(numbers), indent=1),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in texts] + written
+
+
+def _part(document: Document, numbers: dict, figures: Figures) -> None:
+    runs = [run for run in numbers["runs"] if run["n"]]
+    dense = any(run["policy"] == "dense" and run["stop"] == "off" for run in runs)
+    sparse = any(run["policy"] != "dense" and run["stop"] == "off" for run in runs)
+    _head(document, numbers)
+
+    document.add(Heading(3, "Job completion time"))
+    document.add(
+        Paragraph(
+            "JCT = TTFT + (tokens - 1) x TBT. Means a problem; TBT is a mean over all tokens. Problems ran in batches: "
+            "TTFT is the prefill of a whole batch, and a batch gets smaller, and its steps shorter, as outputs end. "
+            "Intervals of times are over problems: how times differ between two starts of the same run is not in them."
+        )
+    )
+    _figure(document, figures.jct(), "Mean JCT: light grey TTFT, then (tokens - 1) x TBT. Dotted: dense, no rule.")
+    document.add(_jct_table(runs))
+    document.add(Heading(3, "JCT by its factors"))
+    if dense and sparse:
+        _figure(document, figures.factors(), "Length, time between tokens and JCT, each by that of dense attention.")
+    else:
+        document.add(Paragraph(NO_SPARSE if dense else NO_DENSE))
+
+    document.add(Heading(3, "Length inflation"))
+    if dense and sparse:
+        _figure(
+            document, figures.length_inflation(), "Generated tokens by those of the dense run, without a stop rule."
+        )
+    else:
+        document.add(Paragraph(NO_SPARSE if dense else NO_DENSE))
+
+    document.add(Heading(3, "Accuracy and length against the budget"))
+    if sparse:
+        _figure(document, figures.against_budget(), "Without a stop rule. The dense run is a line with its interval.")
+    else:
+        document.add(Paragraph(NO_SPARSE))
+
+    document.add(Heading(3, "Information growth"))
+    if numbers["growth"]:
+        _figure(
+            document,
+            figures.growth(),
+            "Above: mean LZ77 size of the outputs that still run after so many tokens, drawn while enough of them do. "
+            "Below: how many do.",
+        )
+        if not dense:
+            document.add(Paragraph("There is no dense run in it."))
+    else:
+        document.add(Paragraph("Left out: there is no run without a stop rule."))
+
+    _stop_rules(document, runs)
+    _loss(document, runs)
+    _sensitivity(document, numbers, figures)
+
+
+def _head(document: Document, numbers: dict) -> None:
+    settings = numbers["settings"]
+    model, data = (name if ":" in name else Path(name).name for name in (settings["model"], settings["data"]))
+    document.add(Heading(2, f"{model} on {data}"))
+    sampling = f"temperature {settings['temperature']:g}" if settings["temperature"] else "greedy"
+    document.add(
+        Paragraph(
+            f"{settings['problems']} problems, answers by {settings['answer_by']}; at most "
+            f"{settings['max_new_tokens']} new tokens, {sampling}, seed {settings['seed']}, batch {settings['batch']}, "
+            f"{settings['dtype']} on {settings['device']}, pages of {settings['page_size']} tokens."
+        )
+    )
+    for ran in numbers["environments"]:
+        device = ran["devices"][-1] if settings["device"] != "cpu" else f"{ran['processor']}, {ran['threads']} threads"
+        document.add(
+            Paragraph(
+                f"Ran on {device}; lil_ops {ran['lil_ops']}, commit {ran['commit'] or 'unknown'}, "
+                f"torch {ran['torch']}, transformers {ran['transformers']}; {ran['date'][:10]}."
+            )
+        )
+    for run in numbers["runs"]:
+        if run["n"] < run["problems"]:
+            document.add(Paragraph(f"Not finished: {run['name']} has {run['n']} of {run['problems']} problems."))
+
+
+def _jct_table(runs: list[dict]) -> Table:
+    headings = ["run", "n", "right answers", "tokens", "ended by itself", "TTFT", "TBT", "JCT", "JCT / dense", "KV",
+                "phrases / token"]  # fmt: skip
+    rows = []
+    for run in runs:
+        against = run["against_dense"]
+        rows.append(
+            [
+                run["name"],
+                str(run["n"]),
+                percent(run["accuracy"]),
+                number(run["tokens"], 0),
+                f"{100 * run['ended'].value:.0f} %",
+                seconds(run["ttft_s"]),
+                seconds(run["tbt_s"]),
+                seconds(run["jct_s"]),
+                number(against["jct_ratio"], 2) if against else "",
+                f"{run['kv_bytes'].value / 2**20:.2f} MiB",
+                number(run["phrases_per_token"], 3),
+            ]
+        )
+    return Table(headings, rows)
+
+
+def _stop_rules(document: Document, runs: list[dict]) -> None:
+    """With and without a stop rule: sparse, dense, and by whether the answer was right without it."""
+    ruled = [run for run in runs if run["stop"] != "off" and run["against_off"] and run["against_off"]["n"]]
+    headings = [
+        "run",
+        "n",
+        "tokens without",
+        "with",
+        "saved",
+        "right answers without",
+        "change in points",
+        "JCT with / without",
+    ]
+    for title, wanted in (("sparse attention", False), ("dense attention", True)):
+        document.add(Heading(3, f"Early stop with {title}"))
+        chosen = [run for run in ruled if (run["policy"] == "dense") == wanted]
+        if not chosen:
+            document.add(Paragraph(f"Left out: {title} has no run with a stop rule beside one without (--stop off)."))
+            continue
+        rows = []
+        for run in chosen:
+            off = run["against_off"]
+            rows.append(
+                [
+                    run["name"],
+                    str(off["n"]),
+                    number(off["all"]["before"], 0),
+                    number(off["all"]["after"], 0),
+                    percent(off["all"]["saved"]),
+                    percent(off["accuracy_before"]),
+                    points(off["accuracy_difference"]),
+                    number(off["jct_ratio"], 2),
+                ]
+            )
+        document.add(Table(headings, rows))
+    document.add(Heading(3, "Early stop, right and wrong answers apart"))
+    if not ruled:
+        document.add(Paragraph("Left out: no policy has a run with a stop rule beside one without (--stop off)."))
+        return
+    document.add(Paragraph("Right and wrong are those of the run without the rule."))
+    parts = ("right", "correct"), ("wrong", "incorrect")
+    headings = ["run"] + [f"{word}: {what}" for word, _ in parts for what in ("n", "tokens without", "with", "saved")]
+    rows = []
+    for run in ruled:
+        row = [run["name"]]
+        for _, key in parts:
+            part = run["against_off"][key]
+            row += [str(part["saved"].n)]
+            row += [number(part["before"], 0), number(part["after"], 0), percent(part["saved"])]
+        rows.append(row)
+    document.add(Table(headings, rows))
+
+
+def _loss(document: Document, runs: list[dict]) -> None:
+    measured = [run for run in runs if run["information_loss"]]
+    document.add(Heading(3, "Information loss"))
+    if not measured:
+        document.add(Paragraph("Left out: no run has measured it."))
+        return
+    rows = [[run["name"], str(run["information_loss"].n), number(run["information_loss"], 4)] for run in measured]
+    document.add(Table(["run", "n", "softmax mass not read, mean"], rows))
+
+
+def _sensitivity(document: Document, numbers: dict, figures: Figures) -> None:
+    document.add(Heading(3, "Guardian's interval and threshold"))
+    rows = numbers["sensitivity"]
+    if not rows:
+        document.add(Paragraph("Left out: there is no run without a stop rule, which a replay needs."))
+        return
+    document.add(
+        Paragraph(
+            "By replay: the rule looks at the recorded tokens and ends them where it would have. An answer counts if "
+            "it was given before. report.json has each run alone."
+        )
+    )
+    _figure(document, figures.sensitivity(), "Left: tokens saved. Right: what that does to the right answers.")
+    together = [row for row in rows if row["runs"] in ("dense", "all sparse runs")] or rows
+    headings = ["runs", "f", "t", "n", "ended by the rule", "tokens saved", "right answers without", "change in points"]
+    document.add(
+        Table(
+            headings,
+            [
+                [
+                    row["runs"],
+                    str(row["interval"]),
+                    f"{row['threshold']:g}",
+                    str(row["saved"].n),
+                    percent(row["stopped"]),
+                    percent(row["saved"]),
+                    percent(row["before"]),
+                    points(row["difference"]),
+                ]
+                for row in together
+            ],
+        )
+    )
+
+
+def _figure(document: Document, name: str | None, caption: str) -> None:
+    if name:
+        document.add(Figure(name, caption))
+
+
+def number(estimate: Estimate, digits: int) -> str:
+    if math.isnan(estimate.value):
+        return "-"
+    value, low, high = (f"{each:.{digits}f}" for each in estimate[:3])
+    return f"{value} [{low}, {high}]"
+
+
+def percent(estimate: Estimate) -> str:
+    if math.isnan(estimate.value):
+        return "-"
+    value, low, high = (f"{100 * each:.0f}" for each in estimate[:3])
+    return f"{value} % [{low}, {high}]"
+
+
+def points(estimate: Estimate) -> str:
+    if math.isnan(estimate.value):
+        return "-"
+    value, low, high = (f"{each:+.1f}" if each else "0.0" for each in (round(100 * each, 1) for each in estimate[:3]))
+    return f"{value} [{low}, {high}]"
+
+
+def seconds(estimate: Estimate) -> str:
+    if math.isnan(estimate.value):
+        return "-"
+    factor, unit = (1, "s") if estimate.value >= 1 else (1000, "ms")
+    value, low, high = (f"{each * factor:.3g}" for each in estimate[:3])
+    return f"{value} {unit} [{low}, {high}]"
+
+
+def _plain(value):
+    """For JSON: estimates as objects, and null for what is no number."""
+    if isinstance(value, Estimate):
+        return _plain(value._asdict())
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

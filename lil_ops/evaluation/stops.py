@@ -1,0 +1,63 @@
+"""Stop rules by name, as the command line writes them: ``off``, ``guardian``, ``guardian:64:5``.
+
+A rule of another kind is a subclass of `StopRule`, and an entry of `RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from lil_ops.baselines import Repetition, TokenBudget
+from lil_ops.guardian import Guardian
+from lil_ops.stopping import StopRule
+
+
+class Kind(NamedTuple):
+    """make: the rule, of the parts of its name behind the kind. parts: those parts, of the rule, in one way only."""
+
+    make: Callable[..., StopRule | None]
+    parts: Callable[[StopRule | None], list[str]]
+
+
+def guardian(interval: str = "250", threshold: str = "20", unit: str = "phrases") -> Guardian:
+    """``guardian[:INTERVAL:THRESHOLD[:UNIT]]``; without numbers the published ones."""
+    return Guardian(int(interval), float(threshold), unit)
+
+
+def guardian_parts(rule: Guardian) -> list[str]:
+    return [str(rule.interval), f"{rule.threshold:g}", *([rule.unit] if rule.unit != "phrases" else [])]
+
+
+RULES = {
+    "off": Kind(lambda: None, lambda rule: []),
+    "guardian": Kind(guardian, guardian_parts),
+    # MAX_PATTERN:MIN_PATTERN:COUNT
+    "repetition": Kind(
+        lambda *parts: Repetition(*map(int, parts)),
+        lambda rule: [str(rule.max_pattern), str(rule.min_pattern), str(rule.count)],
+    ),
+    "tokens": Kind(lambda count: TokenBudget(int(count)), lambda rule: [str(rule.tokens)]),
+}
+
+
+def parse(name: str) -> StopRule | None:
+    """The rule of this name; None for ``off``. Raises ValueError for a name that means none."""
+    kind, *parts = name.split(":")
+    if kind not in RULES:
+        raise ValueError(f"unknown stop rule {name!r}: expected one of {', '.join(RULES)}, as in guardian:64:5")
+    if kind == "guardian" and len(parts) == 1:
+        raise ValueError(f"stop rule {name!r}: expected guardian:INTERVAL:THRESHOLD, or guardian alone")
+    try:
+        return RULES[kind].make(*parts)
+    except (TypeError, ValueError) as error:
+        # What int() and float() say of a word does not say where it stood.
+        reason = error if ": expected" in str(error) else "expected numbers, as in guardian:64:5"
+        raise ValueError(f"stop rule {name!r}: {reason}") from error
+
+
+def canonical(name: str) -> str:
+    """One name for one rule: ``guardian`` and ``guardian:250:20`` are the same."""
+    kind = name.partition(":")[0]
+    rule = parse(name)
+    return ":".join([kind, *RULES[kind].parts(rule)])
