@@ -10,7 +10,6 @@
 // phrase occurs. The seal says which of the two is there; the other can be made from the tokens.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 
 #include "host_device.h"
@@ -23,9 +22,9 @@ constexpr int64_t kMaxCapacity = int64_t{1} << 24;  // any sequence's size in bi
 // int32 words that hold the parse of up to `capacity` tokens, 1 to kMaxCapacity.
 constexpr int64_t state_size(int64_t capacity) { return kTokenWords * (capacity + 1); }
 
-// Bits that name one of `choices` things: ceil(log2(choices)).
+// Bits that name one of `choices` things, at most 2^32: ceil(log2(choices)).
 LIL_HOST_DEVICE constexpr int32_t index_bits(int64_t choices) {
-  return std::bit_width(static_cast<uint64_t>(choices - 1));
+  return 32 - leading_zeros(static_cast<uint32_t>(choices - 1));
 }
 
 struct Header {
@@ -65,7 +64,7 @@ class State {
 
   // A phrase in bits: which earlier position, or none; Elias gamma of the tokens it covers; its last token.
   LIL_HOST_DEVICE static int32_t phrase_bits(int32_t start, int32_t length, int32_t token_bits) {
-    return index_bits(int64_t{start} + 1) + 2 * std::bit_width(static_cast<uint32_t>(length)) - 1 + token_bits;
+    return index_bits(int64_t{start} + 1) + 2 * (31 - leading_zeros(length)) + 1 + token_bits;
   }
 
   // Whether the header can be one that append left here, in an array of this size: uninitialised, overwritten or

@@ -94,7 +94,7 @@ class Row : public lz77::State {
 // --- A few tokens ----------------------------------------------------------------------------------------------------
 
 constexpr int kStepTokens = 8;  // more go the other way
-constexpr int kStepThreads = 512, kStepWarps = kStepThreads / 32, kMaxParts = 8;
+constexpr int kStepThreads = 1024, kStepWarps = kStepThreads / 32, kMaxParts = 8;
 constexpr int kBatch = 16;  // words of a warp: so many loads are on their way at once
 
 // Of the places in words first, ..., first + kBatch - 1 where `length` tokens of the phrase occur (all places, if it
@@ -333,7 +333,8 @@ __device__ void match_distances(const Row& row, int32_t* ends, int32_t block, Ti
 
 // Distances that begin early have more positions than late ones: a block takes some of both.
 template <int kPlanes>
-__global__ void __launch_bounds__(kMatchThreads, 3) match(const __grid_constant__ Lz77AppendParams p, int32_t* scratch) {
+__global__ void __launch_bounds__(kMatchThreads, 3)
+    match(const __grid_constant__ Lz77AppendParams p, int32_t* scratch) {
   __shared__ Tile<kPlanes> tile;
   __shared__ int32_t pending;
   const int32_t b = blockIdx.y;
@@ -472,13 +473,12 @@ void launch_match(const Launch& launch, dim3 grid, int64_t vocab_size, const Arg
   launch(kernel, grid, kMatchThreads, 0, 1, args...);
 }
 
-// How many blocks share a sequence's step: as long as each has a word for every warp, and the device has room for all.
+// How many blocks share a sequence's step: as long as every warp has work, and each block an SM to itself.
 int32_t parts_of(const Lz77AppendParams& p, int64_t capacity) {
   constexpr int64_t kPlaces = 32 * kBatch * kStepWarps;
   const Device& device = current_device();
   int32_t parts = 1;
-  while (device.major >= 9 && parts < kMaxParts && parts * kPlaces < capacity &&
-         2 * parts * p.batch <= 4 * device.sms) {
+  while (device.major >= 9 && parts < kMaxParts && parts * kPlaces < capacity && 2 * parts * p.batch <= device.sms) {
     parts *= 2;
   }
   return parts;

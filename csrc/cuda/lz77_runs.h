@@ -2,7 +2,6 @@
 // one d. A maximal run of equal ones says that what it covers occurs d tokens earlier.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 
 #include "host_device.h"
@@ -38,7 +37,7 @@ class Diagonal {
       const uint32_t fresh = (equal & known.unmatched) | (in_run() ? last_ & before.unmatched : 0);
       if (!fresh) ends &= ends_of_runs(equal, before.least < known.least ? before.least : known.least);
       for (; ends; ends &= ends - 1) {
-        const int32_t bit = std::countr_zero(ends);
+        const int32_t bit = trailing_zeros(ends);
         const uint32_t below = starts & ((1u << bit) - 1);
         found(below ? top(below, base) : start_, base + bit);
       }
@@ -51,7 +50,7 @@ class Diagonal {
   uint32_t last_ = 0;  // the word before
   int32_t start_ = 0;  // of the last run so far
 
-  LIL_HOST_DEVICE static int32_t top(uint32_t bits, int32_t base) { return base + 31 - std::countl_zero(bits); }
+  LIL_HOST_DEVICE static int32_t top(uint32_t bits, int32_t base) { return base + 31 - leading_zeros(bits); }
 
   // Places with at least `length` equal ones (1 to 32) right before them.
   LIL_HOST_DEVICE uint32_t ends_of_runs(uint32_t equal, int32_t length) const {
