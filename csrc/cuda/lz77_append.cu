@@ -178,23 +178,32 @@ __global__ void __launch_bounds__(kStepThreads)
 
 // --- Many tokens -----------------------------------------------------------------------------------------------------
 
-// Scratch of one row, max_tokens + 1 ints: where the match of the pending phrase ends, and, for each new position,
-// where the furthest run that begins there does. 0: nothing known.
+// Scratch of one row, max_tokens + 1 ints: where the match of the pending phrase ends, or kBad, and, for each new
+// position, where the furthest run that begins there does. 0: nothing known.
+constexpr int32_t kBad = -1;
+
 __device__ int32_t* match_ends(const Lz77AppendParams& p, int32_t* scratch, int64_t b) {
   return scratch + b * (p.max_tokens + 1);
 }
 
 constexpr int kBeginThreads = 1024;
 
-__global__ void __launch_bounds__(kBeginThreads) begin(const __grid_constant__ Lz77AppendParams p, int32_t* scratch) {
+__global__ void __launch_bounds__(kBeginThreads)
+    begin(const __grid_constant__ Lz77AppendParams p, int32_t* scratch, ErrorWord* errors) {
   wait_for_previous();
   let_next_start();
   const int32_t b = blockIdx.x;
   Finding finding;
   const Row row(p, b, finding);
   int32_t* const ends = match_ends(p, scratch, b);
-  for (int32_t t = threadIdx.x; t <= row.count; t += kBeginThreads) ends[t] = 0;
-  if (row.count == 0 || !row.must_search()) return;
+  for (int32_t t = threadIdx.x; t < row.count; t += kBeginThreads) {
+    row.checked_token(finding, t);
+    ends[1 + t] = 0;
+  }
+  const bool good = !__syncthreads_or(finding.wrong != Wrong::kNothing);
+  if (threadIdx.x == 0) ends[0] = good ? 0 : kBad;
+  finding.report(errors, Op::kLz77Append, b);
+  if (!good || row.count == 0 || !row.must_search()) return;
   for (int32_t word = threadIdx.x / 32; 32 * word < row.phrase; word += kBeginThreads / 32) {
     const uint32_t here = row.search(word, row.old - row.phrase);
     if (threadIdx.x % 32 == 0) row.occurrences()[word] = here;
@@ -202,6 +211,8 @@ __global__ void __launch_bounds__(kBeginThreads) begin(const __grid_constant__ L
 }
 
 constexpr int kMatchWarps = 8, kMatchThreads = 32 * kMatchWarps;
+constexpr int kGroups = 2;  // of 32 distances a warp
+constexpr int kBlockGroups = kGroups * kMatchWarps, kBlockDistances = 32 * kBlockGroups;
 constexpr int kTile = 32;  // words of 32 positions between two barriers
 
 // Bit c of lane r becomes bit r of lane c.
@@ -221,9 +232,9 @@ template <int kPlanes>
 struct Tile {
   static constexpr int kVectors = kPlanes / 4;
 
-  uint4 near[kTile][kVectors];               // the positions i, and
-  uint4 far[kTile + kMatchWarps][kVectors];  // i - d
-  int32_t ends[32 * kTile];                  // of the best runs known
+  uint4 near[kTile][kVectors];                // the positions i, and
+  uint4 far[kTile + kBlockGroups][kVectors];  // i - d
+  int32_t ends[32 * kTile];                   // of the best runs known
   Known known[kTile];
 
   // New tokens are below 2^kPlanes - 1, so that old ones above (of another vocab_size) can be told from them.
@@ -235,24 +246,21 @@ struct Tile {
   }
 };
 
-// Bits in which 32 tokens differ from those that precede them by the lane's distance: a vector of planes. `low` becomes
-// `high`.
-__device__ uint32_t differing(uint4 near, uint4 high, uint4& low) {
+// Bits in which 32 tokens differ from those that precede them by the lane's distance: a vector of planes.
+__device__ uint32_t differing(uint4 near, uint4 high, uint4 low) {
   const int32_t lane = threadIdx.x % 32;
-  const uint32_t differ =
-      (near.x ^ __funnelshift_l(low.x, high.x, lane)) | (near.y ^ __funnelshift_l(low.y, high.y, lane)) |
-      (near.z ^ __funnelshift_l(low.z, high.z, lane)) | (near.w ^ __funnelshift_l(low.w, high.w, lane));
-  low = high;
-  return differ;
+  return (near.x ^ __funnelshift_l(low.x, high.x, lane)) | (near.y ^ __funnelshift_l(low.y, high.y, lane)) |
+         (near.z ^ __funnelshift_l(low.z, high.z, lane)) | (near.w ^ __funnelshift_l(low.w, high.w, lane));
 }
 
-// A warp has 32 distances, a lane each, and goes through the new positions. A block has kMatchWarps such groups, which
-// are neighbours. `pending`: the furthest end of a run that covers the pending phrase so far.
+// A warp has kGroups times 32 distances that are neighbours, a lane kGroups of them, and goes through the new
+// positions. So what it loads serves several products, which is what bounds it. `pending`: the furthest end of a run
+// that covers the pending phrase so far.
 template <int kPlanes>
 __device__ void match_distances(const Row& row, int32_t* ends, int32_t block, Tile<kPlanes>& tile, int32_t& pending) {
   constexpr int kVectors = Tile<kPlanes>::kVectors, kWordsOfWarp = kTile / kMatchWarps;
   const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int32_t first_group = block * kMatchWarps, group = first_group + warp, distance = 32 * group + lane;
+  const int32_t first_group = block * kBlockGroups, group = first_group + kGroups * warp;
   const int32_t first_word = max(row.old / 32, first_group), last_word = (row.end - 1) / 32;
   int32_t tile_start = 32 * first_word;
   const auto found = [&](int32_t start, int32_t end) {
@@ -265,19 +273,22 @@ __device__ void match_distances(const Row& row, int32_t* ends, int32_t block, Ti
       if (end > __ldcg(there)) atomicMax(there, end);
     }
   };
-  Diagonal diagonal;
-  const int32_t place = row.phrase - distance;
-  if (row.old > row.phrase && distance > 0 && place >= 0 && row.occurrences()[place / 32] >> place % 32 & 1) {
-    diagonal.enter(row.phrase);
+  Diagonal diagonals[kGroups];
+  uint32_t equal[kGroups] = {};
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const int32_t distance = 32 * (group + g) + lane, place = row.phrase - distance;
+    if (row.old > row.phrase && distance > 0 && place >= 0 && row.occurrences()[place / 32] >> place % 32 & 1) {
+      diagonals[g].enter(row.phrase);
+    }
   }
   Known before{0, 32};
-  uint32_t equal = 0;
   for (int32_t word = first_word; word <= last_word;) {
     const int32_t words = min(kTile, last_word + 1 - word);
     tile_start = 32 * word;
     for (int32_t k = warp; k < words; k += kMatchWarps) tile.load(tile.near[k], row, word + k);
-    for (int32_t k = warp; k < words + kMatchWarps; k += kMatchWarps) {
-      tile.load(tile.far[k], row, word - first_group - kMatchWarps + k);
+    for (int32_t k = warp; k < words + kBlockGroups; k += kMatchWarps) {
+      tile.load(tile.far[k], row, word - first_group - kBlockGroups + k);
     }
     int32_t loaded[kWordsOfWarp];
 #pragma unroll
@@ -296,25 +307,43 @@ __device__ void match_distances(const Row& row, int32_t* ends, int32_t block, Ti
       if (lane == 0) tile.known[k] = {unmatched, least};
     }
     __syncthreads();
-    uint4 low[kVectors];
+    const auto* const far = tile.far + kBlockGroups - kGroups * warp;  // of group `group` and word 0 of the tile
+    uint4 last[kGroups][kVectors];
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) low[v] = tile.far[kMatchWarps - 1 - warp][v];
+    for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) last[g][v] = far[-1 - g][v];
+    }
     for (int32_t k = 0; k < words; ++k, ++word) {
-      uint32_t differ = 0;
+      uint32_t differ[kGroups] = {};
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        differ |= differing(tile.near[k][v], tile.far[kMatchWarps + k - warp][v], low[v]);
+        uint4 high = far[k][v];
+        const uint4 near = tile.near[k][v];
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          const uint4 low = last[g][v];
+          differ[g] |= differing(near, high, low);
+          last[g][v] = high;
+          high = low;
+        }
       }
-      equal = ~differ;
-      if (word <= group) equal = word < group ? 0 : equal & kAll << lane;  // i >= distance
-      if (distance == 0) equal = 0;
-      if (word == row.old / 32) {
-        const uint32_t known_already = (1u << row.old % 32) - 1;
-        equal = diagonal.in_run() ? equal | known_already : equal & ~known_already;
-      }
-      if (word == last_word) equal &= kAll >> (31 - (row.end - 1) % 32);
       const Known known = tile.known[k];
-      diagonal.step(equal, 32 * word, before, known, found);
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        equal[g] = ~differ[g];
+        if (word <= group + g) {  // only i >= distance, and no distance of 0
+          equal[g] = word < group + g || group + g + lane == 0 ? 0 : equal[g] & kAll << lane;
+        } else if (group + g + lane == 0) {
+          equal[g] = 0;
+        }
+        if (word == row.old / 32) {
+          const uint32_t old = (1u << row.old % 32) - 1;
+          equal[g] = diagonals[g].in_run() ? equal[g] | old : equal[g] & ~old;
+        }
+        if (word == last_word) equal[g] &= kAll >> (31 - (row.end - 1) % 32);
+        diagonals[g].step(equal[g], 32 * word, before, known, found);
+      }
       before = known;
     }
     __syncthreads();
@@ -325,32 +354,34 @@ __device__ void match_distances(const Row& row, int32_t* ends, int32_t block, Ti
     }
   }
   tile_start = 32 * (last_word + 1);
-  if (diagonal.in_run()) found(diagonal.run_start(), row.end);  // no word was there to end it
-  if (distance > 0 && distance < row.end) {
-    row.run_starts()[distance] = equal >> (row.end - 1) % 32 & 1 ? diagonal.run_start() : row.end;
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const int32_t distance = 32 * (group + g) + lane;
+    if (diagonals[g].in_run()) found(diagonals[g].run_start(), row.end);  // no word was there to end it
+    if (distance > 0 && distance < row.end) {
+      const bool lasts = equal[g] >> (row.end - 1) % 32 & 1;
+      row.run_starts()[distance] = lasts ? diagonals[g].run_start() : row.end;
+    }
   }
 }
 
-// Distances that begin early have more positions than late ones: a block takes some of both.
+// Small distances have more positions than large ones: of every two blocks that an SM is likely to get, one is early
+// and one late in its wave.
 template <int kPlanes>
-__global__ void __launch_bounds__(kMatchThreads, 3)
-    match(const __grid_constant__ Lz77AppendParams p, int32_t* scratch) {
+__global__ void __launch_bounds__(kMatchThreads, kPlanes <= 20 ? 2 : 1)
+    match(const __grid_constant__ Lz77AppendParams p, int32_t* scratch, int32_t sms) {
   __shared__ Tile<kPlanes> tile;
   __shared__ int32_t pending;
-  const int32_t b = blockIdx.y;
+  const int32_t b = blockIdx.y, wave = blockIdx.x / sms, place = blockIdx.x % sms;
+  const int32_t block = wave * sms + (wave % 2 ? sms - 1 - place : place);
   wait_for_previous();
   let_next_start();
   Finding finding;
   const Row row(p, b, finding);
-  const int32_t last = (row.end - 1) / kMatchThreads, block = blockIdx.x;
-  if (row.count == 0 || block > last - block) return;
   int32_t* const ends = match_ends(p, scratch, b);
+  if (row.count == 0 || block * kBlockDistances >= row.end || __ldcg(ends) == kBad) return;
   if (threadIdx.x == 0) pending = 0;
   match_distances(row, ends, block, tile, pending);
-  if (block < last - block) {
-    __syncthreads();
-    match_distances(row, ends, last - block, tile, pending);
-  }
   __syncthreads();
   if (threadIdx.x == 0 && pending > 0) atomicMax(ends, pending);
 }
@@ -378,8 +409,7 @@ __device__ int32_t prefix_max(int32_t value, int32_t before, int32_t* of_warps) 
   return max(value, earlier);
 }
 
-__global__ void __launch_bounds__(kFinishThreads)
-    finish(const __grid_constant__ Lz77AppendParams p, int32_t* scratch, ErrorWord* errors) {
+__global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__ Lz77AppendParams p, int32_t* scratch) {
   __shared__ Jump jumps[kSpan];
   __shared__ int32_t of_warps[kFinishWarps];
   const int32_t b = blockIdx.x, thread = threadIdx.x, token_bits = lz77::index_bits(p.vocab_size);
@@ -387,15 +417,14 @@ __global__ void __launch_bounds__(kFinishThreads)
   let_next_start();
   Finding finding;
   const Row row(p, b, finding);
-  for (int32_t t = thread; t < row.count; t += kFinishThreads) row.checked_token(finding, t);
-  if (__syncthreads_or(finding.wrong != Wrong::kNothing) || row.count == 0) {
+  const int32_t* const ends = match_ends(p, scratch, b);
+  if (row.count == 0 || ends[0] == kBad) {
     if (thread == 0) row.return_size();
-    return finding.report(errors, Op::kLz77Append, b);
+    return;
   }
   for (int32_t t = thread; t < row.count; t += kFinishThreads) {
     row.tokens()[row.old + t] = static_cast<int32_t>(row.new_token(t));
   }
-  const int32_t* const ends = match_ends(p, scratch, b);
   int32_t at = row.phrase, phrases = row.header().phrases, bits = row.header().bits;
   if (at < row.old) {
     const int32_t match_end = max(ends[0], row.old);
@@ -495,10 +524,11 @@ void lz77_append(const Lz77AppendParams& p, const Tensor& on) {
   }
   Tensor scratch = torch::stable::new_empty(on, {p.batch, p.max_tokens + 1}, ScalarType::Int);
   int32_t* const ends = static_cast<int32_t*>(scratch.mutable_data_ptr());
-  const int64_t blocks = (std::min(capacity, lz77::kMaxCapacity) + kMatchThreads - 1) / kMatchThreads;
-  launch(begin, dim3(p.batch), kBeginThreads, 0, 1, p, ends);
-  launch_match(launch, dim3((blocks + 1) / 2, p.batch), p.vocab_size, p, ends);
-  launch(finish, dim3(p.batch), kFinishThreads, 0, 1, p, ends, error_word());
+  const int64_t sms = current_device().sms, distances = std::min(capacity, lz77::kMaxCapacity);
+  const int64_t blocks = (distances + kBlockDistances - 1) / kBlockDistances;
+  launch(begin, dim3(p.batch), kBeginThreads, 0, 1, p, ends, error_word());
+  launch_match(launch, dim3((blocks + sms - 1) / sms * sms, p.batch), p.vocab_size, p, ends, static_cast<int32_t>(sms));
+  launch(finish, dim3(p.batch), kFinishThreads, 0, 1, p, ends);
 }
 
 }  // namespace lil::cuda

@@ -17,9 +17,9 @@ struct Known {
 
 class Diagonal {
  public:
-  // A run that is on its way from further back began at `start`.
+  // A run is on its way that began at `start`, or before: it is longer than whatever is known.
   LIL_HOST_DEVICE void enter(int32_t start) {
-    start_ = start;
+    start_ = start - 32;
     last_ = ~0u;
   }
 
@@ -35,7 +35,7 @@ class Diagonal {
     uint32_t ends = ~equal & shifted;  // one past a run
     if (ends) {
       const uint32_t fresh = (equal & known.unmatched) | (in_run() ? last_ & before.unmatched : 0);
-      if (!fresh) ends &= ends_of_runs(equal, before.least < known.least ? before.least : known.least);
+      if (!fresh) ends &= after_runs(equal, base, before.least < known.least ? before.least : known.least);
       for (; ends; ends &= ends - 1) {
         const int32_t bit = trailing_zeros(ends);
         const uint32_t below = starts & ((1u << bit) - 1);
@@ -52,13 +52,18 @@ class Diagonal {
 
   LIL_HOST_DEVICE static int32_t top(uint32_t bits, int32_t base) { return base + 31 - leading_zeros(bits); }
 
-  // Places with at least `length` equal ones (1 to 32) right before them.
-  LIL_HOST_DEVICE uint32_t ends_of_runs(uint32_t equal, int32_t length) const {
-    uint64_t runs = static_cast<uint64_t>(equal) << 32 | last_;
+  // Places right after at least `length` equal ones (1 to 32), where `equal` has another.
+  LIL_HOST_DEVICE uint32_t after_runs(uint32_t equal, int32_t base, int32_t length) const {
+    uint32_t runs = equal;
     int32_t reached = 1;
-    for (; 2 * reached <= length; reached *= 2) runs &= runs << reached;
+#pragma unroll
+    for (int32_t twice = 2; twice <= 16; twice *= 2) {
+      if (length >= twice) runs &= runs << reached, reached = twice;
+    }
     runs &= runs << (length - reached);
-    return static_cast<uint32_t>(runs << 1 >> 32);
+    const int32_t first = trailing_zeros(~equal);
+    const bool long_so_far = in_run() && base + first - start_ >= length;
+    return runs << 1 | static_cast<uint32_t>(long_so_far) << first;
   }
 };
 
