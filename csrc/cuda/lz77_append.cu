@@ -211,8 +211,6 @@ __global__ void __launch_bounds__(kBeginThreads)
 }
 
 constexpr int kMatchWarps = 8, kMatchThreads = 32 * kMatchWarps;
-constexpr int kGroups = 2;  // of 32 distances a warp
-constexpr int kBlockGroups = kGroups * kMatchWarps, kBlockDistances = 32 * kBlockGroups;
 constexpr int kTile = 32;  // words of 32 positions between two barriers
 
 // Bit c of lane r becomes bit r of lane c.
@@ -232,9 +230,9 @@ template <int kPlanes>
 struct Tile {
   static constexpr int kVectors = kPlanes / 4;
 
-  uint4 near[kTile][kVectors];                // the positions i, and
-  uint4 far[kTile + kBlockGroups][kVectors];  // i - d
-  int32_t ends[32 * kTile];                   // of the best runs known
+  uint4 near[kTile][kVectors];                   // the positions i, and
+  uint4 far[kTile + kMatchWarps][kVectors];      // i - d
+  int32_t ends[32 * kTile], loaded[32 * kTile];  // of the best runs known, now and at the start
   Known known[kTile];
 
   // New tokens are below 2^kPlanes - 1, so that old ones above (of another vocab_size) can be told from them.
@@ -247,20 +245,23 @@ struct Tile {
 };
 
 // Bits in which 32 tokens differ from those that precede them by the lane's distance: a vector of planes.
-__device__ uint32_t differing(uint4 near, uint4 high, uint4 low) {
+// `low` becomes `high`.
+__device__ uint32_t differing(uint4 near, uint4 high, uint4& low) {
   const int32_t lane = threadIdx.x % 32;
-  return (near.x ^ __funnelshift_l(low.x, high.x, lane)) | (near.y ^ __funnelshift_l(low.y, high.y, lane)) |
-         (near.z ^ __funnelshift_l(low.z, high.z, lane)) | (near.w ^ __funnelshift_l(low.w, high.w, lane));
+  const uint32_t differ =
+      (near.x ^ __funnelshift_l(low.x, high.x, lane)) | (near.y ^ __funnelshift_l(low.y, high.y, lane)) |
+      (near.z ^ __funnelshift_l(low.z, high.z, lane)) | (near.w ^ __funnelshift_l(low.w, high.w, lane));
+  low = high;
+  return differ;
 }
 
-// A warp has kGroups times 32 distances that are neighbours, a lane kGroups of them, and goes through the new
-// positions. So what it loads serves several products, which is what bounds it. `pending`: the furthest end of a run
-// that covers the pending phrase so far.
+// A warp has 32 distances, a lane each, and goes through the new positions; the warps of a block are neighbours.
+// `pending`: the furthest end of a run that covers the pending phrase so far.
 template <int kPlanes>
 __device__ void match_distances(const Row& row, int32_t* ends, int32_t block, Tile<kPlanes>& tile, int32_t& pending) {
-  constexpr int kVectors = Tile<kPlanes>::kVectors, kWordsOfWarp = kTile / kMatchWarps;
+  constexpr int kVectors = Tile<kPlanes>::kVectors;
   const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int32_t first_group = block * kBlockGroups, group = first_group + kGroups * warp;
+  const int32_t first_group = block * kMatchWarps, group = first_group + warp, distance = 32 * group + lane;
   const int32_t first_word = max(row.old / 32, first_group), last_word = (row.end - 1) / 32;
   int32_t tile_start = 32 * first_word;
   const auto found = [&](int32_t start, int32_t end) {
@@ -273,27 +274,22 @@ __device__ void match_distances(const Row& row, int32_t* ends, int32_t block, Ti
       if (end > __ldcg(there)) atomicMax(there, end);
     }
   };
-  Diagonal diagonals[kGroups];
-  uint32_t equal[kGroups] = {};
-#pragma unroll
-  for (int g = 0; g < kGroups; ++g) {
-    const int32_t distance = 32 * (group + g) + lane, place = row.phrase - distance;
-    if (row.old > row.phrase && distance > 0 && place >= 0 && row.occurrences()[place / 32] >> place % 32 & 1) {
-      diagonals[g].enter(row.phrase);
-    }
+  Diagonal diagonal;
+  const int32_t place = row.phrase - distance;
+  if (row.old > row.phrase && distance > 0 && place >= 0 && row.occurrences()[place / 32] >> place % 32 & 1) {
+    diagonal.enter(row.phrase);
   }
   Known before{0, 32};
+  uint32_t equal = 0;
   for (int32_t word = first_word; word <= last_word;) {
     const int32_t words = min(kTile, last_word + 1 - word);
     tile_start = 32 * word;
     for (int32_t k = warp; k < words; k += kMatchWarps) tile.load(tile.near[k], row, word + k);
-    for (int32_t k = warp; k < words + kBlockGroups; k += kMatchWarps) {
-      tile.load(tile.far[k], row, word - first_group - kBlockGroups + k);
+    for (int32_t k = warp; k < words + kMatchWarps; k += kMatchWarps) {
+      tile.load(tile.far[k], row, word - first_group - kMatchWarps + k);
     }
-    int32_t loaded[kWordsOfWarp];
-#pragma unroll
-    for (int s = 0; s < kWordsOfWarp; ++s) {
-      const int32_t k = warp + s * kMatchWarps, i = tile_start + 32 * k + lane;
+    for (int32_t k = warp; k < words; k += kMatchWarps) {
+      const int32_t i = tile_start + 32 * k + lane;
       const bool is_new = i >= row.old && i < row.end;
       int32_t reach = is_new ? __ldcg(ends + 1 + i - row.old) : 0;
 #pragma unroll
@@ -301,85 +297,66 @@ __device__ void match_distances(const Row& row, int32_t* ends, int32_t block, Ti
         const int32_t other = __shfl_up_sync(kAll, reach, m);
         if (lane >= m) reach = max(reach, other);
       }
-      tile.ends[32 * k + lane] = loaded[s] = reach;
+      tile.ends[32 * k + lane] = tile.loaded[32 * k + lane] = reach;
       const uint32_t unmatched = __ballot_sync(kAll, is_new && reach <= i);
       const int32_t least = __reduce_min_sync(kAll, is_new && reach > i ? min(reach - i + 1, 32) : 32);
       if (lane == 0) tile.known[k] = {unmatched, least};
     }
     __syncthreads();
-    const auto* const far = tile.far + kBlockGroups - kGroups * warp;  // of group `group` and word 0 of the tile
-    uint4 last[kGroups][kVectors];
+    uint4 low[kVectors];
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) last[g][v] = far[-1 - g][v];
-    }
+    for (int v = 0; v < kVectors; ++v) low[v] = tile.far[kMatchWarps - 1 - warp][v];
     for (int32_t k = 0; k < words; ++k, ++word) {
-      uint32_t differ[kGroups] = {};
+      uint32_t differ = distance == 0 ? kAll : 0, last = 1u << 31;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        uint4 high = far[k][v];
-        const uint4 near = tile.near[k][v];
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-          const uint4 low = last[g][v];
-          differ[g] |= differing(near, high, low);
-          last[g][v] = high;
-          high = low;
+        differ |= differing(tile.near[k][v], tile.far[kMatchWarps + k - warp][v], low[v]);
+      }
+      equal = ~differ;
+      if (word <= group || word == first_word || word == last_word) {
+        if (word <= group) equal = word < group ? 0 : equal & kAll << lane;  // i >= distance
+        if (word == row.old / 32) {
+          const uint32_t old = (1u << row.old % 32) - 1;
+          equal = diagonal.in_run() ? equal | old : equal & ~old;
+        }
+        if (word == last_word) {
+          last = 1u << (row.end - 1) % 32;
+          equal &= last | (last - 1);
         }
       }
       const Known known = tile.known[k];
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        equal[g] = ~differ[g];
-        if (word <= group + g) {  // only i >= distance, and no distance of 0
-          equal[g] = word < group + g || group + g + lane == 0 ? 0 : equal[g] & kAll << lane;
-        } else if (group + g + lane == 0) {
-          equal[g] = 0;
-        }
-        if (word == row.old / 32) {
-          const uint32_t old = (1u << row.old % 32) - 1;
-          equal[g] = diagonals[g].in_run() ? equal[g] | old : equal[g] & ~old;
-        }
-        if (word == last_word) equal[g] &= kAll >> (31 - (row.end - 1) % 32);
-        diagonals[g].step(equal[g], 32 * word, before, known, found);
-      }
+      diagonal.step(equal, 32 * word, before, known, last, found);
       before = known;
     }
     __syncthreads();
-#pragma unroll
-    for (int s = 0; s < kWordsOfWarp; ++s) {
-      const int32_t k = warp + s * kMatchWarps, reach = tile.ends[32 * k + lane];
-      if (reach > loaded[s]) atomicMax(ends + 1 + tile_start + 32 * k + lane - row.old, reach);
+    for (int32_t k = warp; k < words; k += kMatchWarps) {
+      const int32_t at = 32 * k + lane, reach = tile.ends[at];
+      if (reach > tile.loaded[at]) atomicMax(ends + 1 + tile_start + at - row.old, reach);
     }
   }
   tile_start = 32 * (last_word + 1);
-#pragma unroll
-  for (int g = 0; g < kGroups; ++g) {
-    const int32_t distance = 32 * (group + g) + lane;
-    if (diagonals[g].in_run()) found(diagonals[g].run_start(), row.end);  // no word was there to end it
-    if (distance > 0 && distance < row.end) {
-      const bool lasts = equal[g] >> (row.end - 1) % 32 & 1;
-      row.run_starts()[distance] = lasts ? diagonals[g].run_start() : row.end;
-    }
+  if (diagonal.in_run()) found(diagonal.run_start(), row.end);  // no word was there to end it
+  if (distance > 0 && distance < row.end) {
+    row.run_starts()[distance] = equal >> (row.end - 1) % 32 & 1 ? diagonal.run_start() : row.end;
   }
 }
 
 // Small distances have more positions than large ones: of every two blocks that an SM is likely to get, one is early
-// and one late in its wave.
+// and one late in its wave. The rows take turns, so that a block knows the matches that its row's earlier ones have
+// found.
 template <int kPlanes>
-__global__ void __launch_bounds__(kMatchThreads, kPlanes <= 20 ? 2 : 1)
+__global__ void __launch_bounds__(kMatchThreads, kPlanes <= 16 ? 3 : 2)
     match(const __grid_constant__ Lz77AppendParams p, int32_t* scratch, int32_t sms) {
   __shared__ Tile<kPlanes> tile;
   __shared__ int32_t pending;
-  const int32_t b = blockIdx.y, wave = blockIdx.x / sms, place = blockIdx.x % sms;
-  const int32_t block = wave * sms + (wave % 2 ? sms - 1 - place : place);
+  const int32_t batch = static_cast<int32_t>(p.batch), b = blockIdx.x % batch, turn = blockIdx.x / batch;
+  const int32_t wave = turn / sms, block = wave * sms + (wave % 2 ? sms - 1 - turn % sms : turn % sms);
   wait_for_previous();
   let_next_start();
   Finding finding;
   const Row row(p, b, finding);
   int32_t* const ends = match_ends(p, scratch, b);
-  if (row.count == 0 || block * kBlockDistances >= row.end || __ldcg(ends) == kBad) return;
+  if (row.count == 0 || block * kMatchThreads >= row.end || __ldcg(ends) == kBad) return;
   if (threadIdx.x == 0) pending = 0;
   match_distances(row, ends, block, tile, pending);
   __syncthreads();
@@ -525,9 +502,9 @@ void lz77_append(const Lz77AppendParams& p, const Tensor& on) {
   Tensor scratch = torch::stable::new_empty(on, {p.batch, p.max_tokens + 1}, ScalarType::Int);
   int32_t* const ends = static_cast<int32_t*>(scratch.mutable_data_ptr());
   const int64_t sms = current_device().sms, distances = std::min(capacity, lz77::kMaxCapacity);
-  const int64_t blocks = (distances + kBlockDistances - 1) / kBlockDistances;
+  const int64_t blocks = (distances + kMatchThreads - 1) / kMatchThreads, turns = (blocks + sms - 1) / sms * sms;
   launch(begin, dim3(p.batch), kBeginThreads, 0, 1, p, ends, error_word());
-  launch_match(launch, dim3((blocks + sms - 1) / sms * sms, p.batch), p.vocab_size, p, ends, static_cast<int32_t>(sms));
+  launch_match(launch, dim3(turns * p.batch), p.vocab_size, p, ends, static_cast<int32_t>(sms));
   launch(finish, dim3(p.batch), kFinishThreads, 0, 1, p, ends);
 }
 
