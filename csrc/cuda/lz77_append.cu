@@ -386,7 +386,8 @@ __device__ int32_t prefix_max(int32_t value, int32_t before, int32_t* of_warps) 
   return max(value, earlier);
 }
 
-__global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__ Lz77AppendParams p, int32_t* scratch) {
+__global__ void __launch_bounds__(kFinishThreads, 1)
+    finish(const __grid_constant__ Lz77AppendParams p, int32_t* scratch) {
   __shared__ Jump jumps[kSpan];
   __shared__ int32_t of_warps[kFinishWarps];
   const int32_t b = blockIdx.x, thread = threadIdx.x, token_bits = lz77::index_bits(p.vocab_size);
