@@ -9,9 +9,13 @@ import lil_ops
 PROMPT = 4096
 
 
-@pytest.mark.parametrize("variant", ["lil", "lil meanstd", "lil float8", "lil slots", "index_put"])
+@pytest.mark.parametrize(
+    "variant", ["lil", "lil meanstd", "lil float8", "lil float8 summaries", "lil slots", "index_put"]
+)
 def test_append_one_token(measure, variant):
-    c = shapes.case(8, shapes.FLOAT8 if "float8" in variant else torch.bfloat16)
+    c = shapes.case(8, shapes.FLOAT8 if variant == "lil float8" else torch.bfloat16)
+    if "summaries" in variant:
+        c.summary = c.summary.to(shapes.FLOAT8)
     k, v = (torch.randn(8, shapes.KV_HEADS, shapes.HEAD_DIM).bfloat16() for _ in range(2))
     mode = "meanstd" if "meanstd" in variant else "minmax"
     slots = torch.randint(0, int(c.seq_lens.min()), (8, shapes.KV_HEADS)).int() if "slots" in variant else None

@@ -4,7 +4,6 @@ Needs the SmolLM2 model (`make models`). The variants of a case run in turn, so 
 meets all of them; pytest-benchmark then gets the recorded times.
 """
 
-import itertools
 import os
 import statistics
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded import recorded, report
 
 from lil_ops import DecodeLoop, Guardian, generate, load_model, ops
 
@@ -20,30 +20,10 @@ GGUF = MODELS / "SmolLM2-135M-Instruct" / "model.gguf"
 PROMPT, NEW, ROUNDS, BUDGET = "Once upon a time, in a village by the sea,", 128, 5, 64
 
 
-class RecordedTime:
-    """A timer for pytest-benchmark that `replay` moves on."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def replay(self, seconds: float) -> None:
-        self.now += seconds
-
-
-recorded = RecordedTime()
 pytestmark = [
     pytest.mark.benchmark(timer=recorded),
     pytest.mark.skipif(not GGUF.exists(), reason=f"{GGUF} is missing (make models, or set LIL_MODELS to its folder)"),
 ]
-
-
-def report(benchmark, case, variant, seconds, **facts):
-    benchmark.group = case
-    benchmark.extra_info.update(case=case, variant=variant, **facts)
-    times = itertools.cycle(seconds)
-    benchmark.pedantic(lambda: recorded.replay(next(times)), rounds=len(seconds))
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import lil_ops
-from lil_ops.guardian import Guardian, StopReason
+from lil_ops.guardian import Guardian
+from lil_ops.stopping import StopReason
 
 
 @pytest.mark.parametrize("batch", [1, 32, 1024])

@@ -21,8 +21,6 @@ RESULT = BENCH / "results" / "cpu.json"
 
 
 def run(arguments: list[str]) -> None:
-    import lil_ops
-
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "raw.json"
         command = [sys.executable, "-m", "pytest", str(BENCH), "-q", "-o", "python_files=bench_*.py"]
@@ -40,20 +38,25 @@ def run(arguments: list[str]) -> None:
             row |= {"gb_s": round(rate / 1e9, 2), "read_gb_s": round(bandwidth / 1e9, 2)}
             row["share_of_read"] = round(rate / bandwidth, 3)
         cases.setdefault(info.pop("case"), []).append(row | info)
-    build = lil_ops.build_info()
-    result = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": _commit(),
-        "machine": {"cpu": _cpu_name(), "threads": 2, "isa": build["isa"]},
-        "versions": {name: build[name] for name in ("lil_ops", "python", "torch")},
-        "command": "make bench",
-        "cases": cases,
-    }
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.write_text(json.dumps(stamp("make bench", threads=2) | {"cases": cases}, indent=1) + "\n")
 
 
-def _commit() -> str:
+def stamp(command: str, threads: int) -> dict:
+    """When, where and of what a result is."""
+    import lil_ops
+
+    build = lil_ops.build_info()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": commit(),
+        "machine": {"cpu": cpu_name(), "threads": threads, "isa": build["isa"]},
+        "versions": {name: build[name] for name in ("lil_ops", "python", "torch")},
+        "command": command,
+    }
+
+
+def commit() -> str:
     """The commit that was measured; a + behind it says that the sources were changed since."""
     return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "csrc", "lil_ops") else "")
 
@@ -62,7 +65,7 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=BENCH, capture_output=True, text=True).stdout.strip()
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

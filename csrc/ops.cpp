@@ -5,6 +5,7 @@
 #include "api/append_kv.h"
 #include "api/compact_kv.h"
 #include "api/evict_pages.h"
+#include "api/fold_mass.h"
 #include "api/guardian_check.h"
 #include "api/information_loss.h"
 #include "api/key_redundancy.h"
@@ -48,6 +49,10 @@ STABLE_TORCH_LIBRARY(lil, m) {
   m.def(
       "evict_pages(Tensor(a!) held, Tensor priority, Tensor seq_lens, int page_size, *, int sink=0, int recent=1, "
       "Tensor? protected_lens=None, Tensor(b!)? page_table=None, Tensor? slot_pages=None) -> Tensor slots");
+  // Makes of the softmax mass of what was read the priorities that evict_pages goes by.
+  m.def(
+      "fold_mass(Tensor(a!) priority, Tensor mass, Tensor held, Tensor seq_lens, int page_size, *, str rule=\"sum\", "
+      "bool shared=False, float share=0.5) -> ()");
   // Moves the kept slots of each head to the front of its pages, in place.
   m.def("compact_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor page_table, Tensor keep, Tensor counts) -> ()");
   // How much like the others each cached key is: R-KV's redundancy, without a matrix of all pairs.
@@ -72,6 +77,7 @@ STABLE_TORCH_LIBRARY_IMPL(lil, CPU, m) {
   m.impl("information_loss", TORCH_BOX(&lil::information_loss<Backend>));
   m.impl("sparse_decode_step", TORCH_BOX(&lil::sparse_decode_step<Backend>));
   m.impl("evict_pages", TORCH_BOX(&lil::evict_pages<Backend>));
+  m.impl("fold_mass", TORCH_BOX(&lil::fold_mass<Backend>));
   m.impl("compact_kv", TORCH_BOX(&lil::compact_kv<Backend>));
   m.impl("key_redundancy", TORCH_BOX(&lil::key_redundancy<Backend>));
   m.impl("lz77_append", TORCH_BOX(&lil::lz77_append<Backend>));

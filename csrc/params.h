@@ -42,11 +42,13 @@ struct KvCache {
 };
 
 // Page summaries, [num_pages, kv_heads, vectors, head_dim]; the last two dimensions are contiguous. data is null where
-// the caller keeps none. Summaries of float8 keys are of the stored values, before the scale.
+// the caller keeps none. Summaries of float8 keys are of the stored values, before the scale; those of wider keys may
+// be float8 too.
 struct Summary {
   void* data;
   int64_t stride_page, stride_head, vectors;
   SummaryMode mode;
+  DType dtype;
 };
 
 struct AppendKvParams {
@@ -65,7 +67,7 @@ struct AppendKvParams {
 struct ScorePagesParams {
   const void* q;  // [batch, q_heads, head_dim]
   int64_t q_stride_b, q_stride_h;
-  DType q_dtype, summary_dtype;
+  DType q_dtype;
   Summary summary;
   Scale k_scale;
   int64_t num_pages;
@@ -153,6 +155,20 @@ struct EvictPagesParams {
   int64_t max_tokens;  // of a sequence
   int32_t page_shift;
   int32_t* slots;  // [batch, kv_heads]
+};
+
+enum class FoldRule : int32_t { kSum, kLast, kStamp };
+
+// Heads hold a fixed number of pages of page_size tokens, or single tokens (1).
+struct FoldMassParams {
+  float* priority;      // [batch, kv_heads, capacity]
+  const float* mass;    // [batch, q_heads, entries]
+  const int32_t* held;  // [batch, kv_heads, capacity]: the logical page in each slot, -1: free
+  const int32_t* seq_lens;
+  int64_t batch, kv_heads, group, q_heads, capacity, entries, page_size;
+  FoldRule rule;
+  bool shared;   // the mass of all query heads
+  double share;  // kStamp: of the slots that hold a page
 };
 
 // Slot keep[b, h, i] of a head moves to slot i, for the first counts[b] entries.

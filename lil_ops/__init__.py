@@ -9,11 +9,14 @@ __version__ = "0.1.0"
 import importlib
 
 from lil_ops._library import build_info, check_errors
-from lil_ops.guardian import Guardian, StopReason
+from lil_ops.actions import Answer, Rescue
+from lil_ops.baselines import Repetition, TokenBudget
+from lil_ops.guardian import Guardian
 from lil_ops.ops import (
     append_kv,
     compact_kv,
     evict_pages,
+    fold_mass,
     guardian_check,
     information_loss,
     key_redundancy,
@@ -24,25 +27,37 @@ from lil_ops.ops import (
     sparse_decode,
     sparse_decode_step,
 )
+from lil_ops.stopping import StopReason
 
 # Names whose modules need transformers: imported on first use.
 _LAZY = {
+    "StopRuleCriteria": "lil_ops.integrations.criteria",
     "DecodeLoop": "lil_ops.decode",
+    "Engine": "lil_ops.engine",
+    "Request": "lil_ops.engine",
     "LilCache": "lil_ops.integrations.transformers",
     "generate": "lil_ops.decode",
     "load_model": "lil_ops.models",
 }
 
 __all__ = [
+    "Answer",
     "DecodeLoop",
+    "Engine",
     "Guardian",
     "LilCache",
+    "Repetition",
+    "Request",
+    "Rescue",
     "StopReason",
+    "StopRuleCriteria",
+    "TokenBudget",
     "append_kv",
     "build_info",
     "check_errors",
     "compact_kv",
     "evict_pages",
+    "fold_mass",
     "generate",
     "guardian_check",
     "information_loss",

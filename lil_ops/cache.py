@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import mmap
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,6 +73,20 @@ class Step:
     positions: torch.Tensor
     prompt_lens: torch.Tensor
     cu_seqlens: torch.Tensor | None
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns the first time: for what a policy derives from these tensors, the same in all layers.
+
+        A CUDA graph has to be captured from a step of which nothing was made yet, or its replays do not make it.
+        """
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def forget(self) -> None:
+        """The tensors are to hold the next step: make everything again."""
+        self._made.clear()
 
     def take(self, state: torch.Tensor) -> torch.Tensor:
         """The step's rows of a tensor that has one entry a cache row: the tensor itself where the step serves all."""
@@ -101,6 +115,14 @@ class Pool:
     def needed(self, row: int, held: int) -> int:
         """Pages to map before the row can hold so many tokens."""
         return max(0, -(-held // self.page_size) - len(self.pages[row]))
+
+    def check_free(self, count: int) -> None:
+        """Raise `OutOfPagesError` unless so many pages are free."""
+        if count > len(self.free):
+            raise OutOfPagesError(
+                f"PagedKVCache: this step needs {count} more pages of {self.page_size} tokens, "
+                f"{len(self.free)} of {self.num_pages} are free: {count - len(self.free)} short"
+            )
 
     def map(self, row: int, count: int) -> None:
         if count == 0:
@@ -139,6 +161,7 @@ class PagedKVCache:
         num_pages: size of each pool; default: every row full.
         summary_mode: keep page summaries (see `lil_ops.append_kv`): ``"minmax"``, ``"meanstd"``; or
             ``"representative"``, which a policy fills. vectors: vectors in a summary, for ``"representative"``.
+        summary_dtype: of the summaries: ``dtype``, which is the default, or ``torch.float8_e4m3fn``.
         rooms: one `Room` a layer.
 
     Buffers, one a layer: ``k``, ``v`` ``[num_pages, kv_heads, page_size, head_dim]`` and ``summary`` (or None). They
@@ -159,6 +182,7 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
         summary_mode: str | None = None,
         vectors: int = 2,
+        summary_dtype: torch.dtype | None = None,
         rooms: Sequence[Room] | None = None,
     ):
         if batch < 1 or max_tokens < 1:
@@ -170,6 +194,11 @@ class PagedKVCache:
                 f"PagedKVCache: summary_mode: expected None, 'minmax', 'meanstd' or 'representative', "
                 f"got {summary_mode!r}"
             )
+        summary_dtype = dtype if summary_dtype is None else summary_dtype
+        if summary_dtype not in (dtype, torch.float8_e4m3fn):
+            raise ValueError(
+                f"PagedKVCache: summary_dtype: expected {dtype} or torch.float8_e4m3fn, got {summary_dtype}"
+            )
         rooms = [ALL] * num_layers if rooms is None else list(rooms)
         if len(rooms) != num_layers:
             raise ValueError(f"PagedKVCache: rooms: expected one for each of {num_layers} layers, got {len(rooms)}")
@@ -178,15 +207,17 @@ class PagedKVCache:
         self.kv_heads, self.head_dim, self.dtype, self.device = kv_heads, head_dim, dtype, torch.device(device)
         self._pools = {room: Pool(room, batch, max_tokens, page_size, num_pages, device) for room in rooms or [ALL]}
 
-        def buffers(*shape: int) -> list[torch.Tensor]:
-            sizes = [self._pools[room].num_pages for room in rooms]
-            return [huge_pages(torch.empty((pages, *shape), dtype=dtype, device=device)) for pages in sizes]
+        def buffers(rows: int, dtype: torch.dtype, spare: int = 0) -> list[torch.Tensor]:
+            pools = [self._pools[room] for room in rooms]
+            for pool in pools:
+                pool.page_bytes += kv_heads * rows * head_dim * dtype.itemsize
+            shapes = [(pool.num_pages + spare, kv_heads, rows, head_dim) for pool in pools]
+            return [huge_pages(torch.empty(shape, dtype=dtype, device=device)) for shape in shapes]
 
-        self.k, self.v = (buffers(kv_heads, page_size, head_dim) for _ in range(2))
-        self.summary = buffers(kv_heads, vectors, head_dim) if summary_mode else [None] * num_layers
-        rows = page_size + page_size + (vectors if summary_mode else 0)
-        for room in rooms:
-            self._pools[room].page_bytes += kv_heads * rows * head_dim * dtype.itemsize
+        self.k, self.v = (buffers(page_size, dtype) for _ in range(2))
+        # Where a policy fills the summaries, the last one is nobody's: that of page -1, which is not mapped.
+        spare = int(summary_mode == "representative")
+        self.summary = buffers(vectors, summary_dtype, spare) if summary_mode else [None] * num_layers
 
         self.prompt_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.lengths = [0] * batch  # host side: tokens of each row, forgotten ones included
@@ -230,6 +261,25 @@ class PagedKVCache:
         for room, (held, needed) in plans.items():
             self._steps[room] = self._open(self._pools[room], list(rows), held, needed, new_tokens, positions)
         self.bytes_peak = max(self.bytes_peak, self.bytes_in_use)
+
+    def reserve(self, row: int, prompt: int, new: int) -> None:
+        """Map the pages of a whole sequence ahead: ``prompt`` tokens and then ``new`` ones.
+
+        Raises `OutOfPagesError` naming the shortfall, as `begin_step` does; the cache is then unchanged.
+        """
+        plans = {}
+        for pool in self._pools.values():
+            held = pool.room.after(0, prompt, prompt=True) + new
+            needed = pool.needed(row, held if pool.room.total is None else min(held, pool.room.total))
+            pool.check_free(needed)
+            plans[pool] = needed
+        for pool, needed in plans.items():
+            pool.map(row, needed)
+        self.bytes_peak = max(self.bytes_peak, self.bytes_in_use)
+
+    def install(self, steps: dict[Room, Step]) -> None:
+        """Let the layers see these steps, which somebody else makes and advances (`DeviceSteps`)."""
+        self._steps.update(steps)
 
     def free(self, row: int) -> None:
         """Return all pages of a row to the pools; the row is empty and can serve a new sequence."""
@@ -291,11 +341,7 @@ class PagedKVCache:
         """Tokens that each row will hold, and pages to map for them; raises where the pool has too few."""
         held = [pool.room.after(pool.held[row], n, prompt) for row, n in zip(rows, new_tokens, strict=True)]
         needed = [pool.needed(row, tokens) for row, tokens in zip(rows, held, strict=True)]
-        if sum(needed) > len(pool.free):
-            raise OutOfPagesError(
-                f"PagedKVCache: this step needs {sum(needed)} more pages of {self.page_size} tokens, "
-                f"{len(pool.free)} of {pool.num_pages} are free: {sum(needed) - len(pool.free)} short"
-            )
+        pool.check_free(sum(needed))
         return held, needed
 
     def _open(

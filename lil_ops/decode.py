@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from lil_ops import _C
-from lil_ops.guardian import Lz77Tracker, StopReason, StopRule
+from lil_ops.actions import Action, Course, Rescue
 from lil_ops.integrations.attach import attach
 from lil_ops.integrations.transformers import NAME, LilCache, cache_argument
 from lil_ops.policies import Policy
 from lil_ops.result import GenerationResult, StepEvent
 from lil_ops.sampling import check_sampling, sample
+from lil_ops.stopping import Lz77Tracker, Progress, StopReason, StopRule
 
 TokenIds = torch.Tensor | Sequence[torch.Tensor | Sequence[int]]
 
@@ -41,6 +42,7 @@ class DecodeLoop:
         *,
         policy: str | Policy = "full",
         guardian: StopRule | None = None,
+        action: Action | None = None,
         max_new_tokens: int = 256,
         eos_token_id: int | Sequence[int] | None = None,
         temperature: float = 0.0,
@@ -62,6 +64,13 @@ class DecodeLoop:
             model, policy, batch=batch, max_tokens=max(lengths) + max_new_tokens, page_size=page_size, **policy_options
         )
         self.cache.begin(lengths)
+        if action is not None and guardian is None:
+            raise ValueError("action: expected a stop rule beside it (guardian=...), got none")
+        if isinstance(action, Rescue):
+            action.check(self.cache.policy)
+            self.cache.raised_budget = action.budget
+        if guardian and guardian.needs_loss:
+            self.cache.watch_loss()
         self._cache_argument = cache_argument(model)
         self._attention_before: str | None = None
 
@@ -73,6 +82,7 @@ class DecodeLoop:
         self._eos = torch.tensor(_eos_ids(model, eos_token_id), dtype=torch.int64)
         self._tracker = Lz77Tracker(batch, max_new_tokens, self._vocab_size)
         self._watch = guardian.start(batch) if guardian else None
+        self._courses = [Course(action, guardian.interval if guardian else 0) for _ in range(batch)]
 
         # One entry a row, running or not; `_rows` selects the running ones.
         self._tokens = torch.zeros(batch, 1, dtype=torch.int64)
@@ -126,6 +136,7 @@ class DecodeLoop:
             step_times=list(self._step_times),
             kv_bytes_peak=self.cache.kv.bytes_peak,
             lz77=curves,
+            events=[list(course.events) for course in self._courses],
         )
 
     def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -138,13 +149,20 @@ class DecodeLoop:
         step = len(self._step_times)
         chosen = sample(logits, self._uniforms[self._rows, step].to(logits.device), **self._sampling)
         self._tokens[self._rows, 0] = chosen.cpu()  # the step's one wait for the device
+        forced = [row for row in self.active if self._courses[row].forced]
+        for row in forced:
+            self._tokens[row, 0] = self._courses[row].forced.popleft()
         self._num_tokens += 1
         phrases, bits = self._tracker.append(self._tokens, self._counts)
         # Who stops is settled in this order: end of sequence, Guardian, length. A stopped row keeps its reason.
         ended = (self._tokens == self._eos).any(1) & (self._stop == StopReason.RUNNING)
+        ended[forced] = False
         self._stop.masked_fill_(ended, StopReason.EOS)
         if self._watch:
-            self._watch.check(phrases, bits, self._num_tokens, self._stop)
+            lost = None if self.cache.lost_bits is None else self.cache.lost_bits.cpu()
+            now = self._tokens[:, 0], phrases, bits, self._num_tokens, self._counts > 0, lost, self._stop
+            self._watch.check(Progress(*now))
+            self._act()
         if step + 1 == self._max_new_tokens:
             self._stop.masked_fill_(self._stop == StopReason.RUNNING, StopReason.LENGTH)
         columns = [self._tokens[:, 0], self._stop, phrases] + ([self._watch.gain] if self._watch else [])
@@ -170,6 +188,23 @@ class DecodeLoop:
             kv_bytes=self.cache.kv.bytes_in_use,
         )
 
+    def _act(self) -> None:
+        """Rows of whose stop an action makes something else go on."""
+        if self._courses[0].action is None:
+            return
+        codes = self._stop.tolist()
+        for row in self.active:
+            course, at = self._courses[row], len(self._output[row]) + 1
+            more = at < self._max_new_tokens or course.limit is not None
+            if codes[row] == StopReason.GUARDIAN and more and course.fired(at):
+                self._stop[row] = StopReason.RUNNING
+            elif codes[row] == StopReason.RUNNING:
+                course.went_on(at)
+            if course.limit is not None and at >= course.limit:
+                self._stop[row] = StopReason.LENGTH
+        rescued = [course.rescued_until is not None for course in self._courses]
+        self.cache.raised = torch.tensor(rescued, device=self._model.device) if any(rescued) else None
+
     def _run(self, rows: list[int]) -> None:
         """From here on the model runs these rows only; the others' LZ77 state stays untouched."""
         self.active = self.cache.rows = rows
@@ -184,6 +219,7 @@ def generate(
     *,
     policy: str | Policy = "full",
     guardian: StopRule | None = None,
+    action: Action | None = None,
     max_new_tokens: int = 256,
     eos_token_id: int | Sequence[int] | None = None,
     temperature: float = 0.0,
@@ -200,14 +236,15 @@ def generate(
         model: a transformers model that `attach` takes. Its attention implementation is "lil" during the call only.
         input_ids: token ids ``[batch, tokens]`` (no padding), or a list of sequences of any lengths, each a list of
             ints or a 1-D integer tensor.
-        policy: name or `Policy`; ``policy_options`` (budget=256, sink=4, ...) go to it. guardian: None: no early stop.
+        policy: name or `Policy`; ``policy_options`` (budget=256, sink=4, ...) go to it. guardian: a stop rule, such as
+            `Guardian`; None: no early stop. action: what it brings about: `Answer`, `Rescue`; None: the end.
         max_new_tokens: per sequence. eos_token_id: id or ids; None: the model's own; ``()``: none.
         temperature, top_k, top_p: as in `lil_ops.sampling.sample`; temperature 0 is greedy. seed: sequence ``row``
             draws from its own generator, seeded ``seed + row``.
         page_size: tokens in a page of the cache. on_token: called with a `StepEvent` after each step; what it raises
             ends the generation (use `DecodeLoop` to keep what was produced).
 
-    Sequences stop for the first of: an end-of-sequence token, the Guardian, ``max_new_tokens``. A stopped sequence
+    Sequences stop for the first of: an end-of-sequence token, the stop rule, ``max_new_tokens``. A stopped sequence
     leaves the batch and returns its pages. An empty batch gives an empty result.
 
     Raises ValueError, before any work, for a model that cannot be served, an empty prompt, ids outside the vocabulary,
@@ -220,6 +257,7 @@ def generate(
         input_ids,
         policy=policy,
         guardian=guardian,
+        action=action,
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_token_id,
         temperature=temperature,

@@ -8,7 +8,7 @@ fp32, fp16 or bf16 (they may differ), and caches may be float8_e4m3fn; arithmeti
 A float8 cache holds ``x / scale``. ``k_scale`` and ``v_scale`` are the scales: float32, ``[kv_heads]``, or
 ``[num_pages, kv_heads]`` with one for each physical page, all positive; None: 1. Operators only read them. The caller
 sets a page's scales before its first token is appended and leaves them alone while the page is in use. With another
-cache dtype a scale is an error.
+cache dtype a scale is an error, also where its summaries are float8: those hold plain values.
 
 Errors: a wrong shape, dtype, device, stride or option raises RuntimeError ``lil::OPERATOR: ARGUMENT: expected ..., got
 ...`` and nothing is written. On the CPU so do lengths, page ids and token ids out of range.
@@ -48,16 +48,20 @@ def append_kv(
     Args:
         k_cache, v_cache: ``[num_pages, kv_heads, page_size, head_dim]``, last dimension contiguous, other strides any
             (an NHD buffer works as a view); written.
-        summary: ``[num_pages, kv_heads, 2, head_dim]`` in the cache's dtype, last two dimensions contiguous; written;
-            or None. After the call each touched page's summary is that of the tokens it holds, as they are stored
-            (float8: before the scale).
+        summary: ``[num_pages, kv_heads, 2, head_dim]`` in the cache's dtype or float8_e4m3fn, last two dimensions
+            contiguous; written; or None. After the call each touched page's summary is that of the tokens it holds, as
+            they are stored (float8: before the scale).
         k, v: ``[tokens, kv_heads, head_dim]`` in the cache's dtype; for a float8 cache fp32, fp16 or bf16, both the
             same.
         page_table: see the module. seq_lens: ``[batch]``, the new tokens included: they take the last places.
-        cu_seqlens: ``[batch + 1]`` offsets of each sequence's new tokens in k and v; None: one token a sequence.
+        cu_seqlens: ``[batch + 1]`` offsets of each sequence's new tokens in k and v; None: one token a sequence, and a
+            sequence of length 0 takes no part.
         summary_mode: what a summary holds: ``"minmax"``, the exact min and max of each element; ``"meanstd"``, its mean
             and population standard deviation. ``"representative"`` is refused: which keys represent a page is for the
-            policy to say, which writes such summaries itself.
+            policy to say, which writes such summaries itself. A float8 summary of a wider cache has the largest float8
+            value that is not above the min, and the smallest that is not below the max, so that they stay bounds; NaN
+            where there is none (a min below -448, a max above 448). Means and deviations are rounded to nearest and
+            saturate.
         k_scale, v_scale: see the module. A float8 cache stores ``k / scale``, divided in float32, rounded to nearest
             even, and saturated at +-448, infinities too; NaN stays NaN. (torch's own conversion may give NaN for what
             is too large.)
@@ -71,6 +75,7 @@ def append_kv(
             k_cache[page_table[b, page], :, slot] = k[cu_seqlens[b] + j]     # v likewise
         summary[page_table[b, page]] = stack([keys.amin(1), keys.amax(1)], 1)  # keys: the page's valid tokens
         # meanstd: keys.mean(1), keys.std(1, correction=0)
+        # float8 summaries of a wider cache: min rounded down, max rounded up
         # slots: for head h, page, slot = divmod(int(slots[b, h]), page_size)
     """
     _lil.append_kv(
@@ -115,7 +120,7 @@ def score_pages(
             ``"representative"`` is InfLLM's (Xiao et al., arXiv 2402.04617): the mean of ``scale * q . k`` over the
             query heads of the group and the page's r representative keys, which the caller keeps; a page with fewer
             tokens than r repeats some.
-        k_scale: the scales of float8 keys, see the module.
+        k_scale: the scales of float8 keys, see the module; None where only their summary is float8.
 
     Returns:
         ``[batch, kv_heads, max_pages]`` float32; pages past the end of a sequence, or not mapped, are -inf.
@@ -403,6 +408,44 @@ def evict_pages(
     )
 
 
+def fold_mass(
+    priority: torch.Tensor,
+    mass: torch.Tensor,
+    held: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_size: int,
+    *,
+    rule: str = "sum",
+    shared: bool = False,
+    share: float = 0.5,
+) -> None:
+    """Make of the softmax mass of what was read the priorities by which `evict_pages` lets go. After the attention.
+
+    The mass m of a slot is the sum over the query heads of its KV head, or, ``shared``, over all query heads. A slot is
+    *begun* where the newest token is the first of what it holds: what was in it before does not count.
+
+    - ``"sum"`` (H2O): m is added; where the slot is begun, the priority is m.
+    - ``"last"`` (TOVA): the priority is m.
+    - ``"stamp"`` (RaaS): the priority is ``seq_lens[b]`` where the slot is begun, or is among the top ``share`` of the
+      head's slots that hold something: where fewer than ``share`` times their number have more mass. Else it stays.
+
+    Args:
+        priority: ``[batch, kv_heads, capacity]`` float32; written.
+        mass: ``[batch, q_heads, entries]`` float32, of `sparse_decode` over the slots: entry s is slot s. Past its end
+            the mass is 0; entries past the slots are not looked at.
+        held, seq_lens, page_size: those of `evict_pages`, which came before. All are contiguous.
+        share: above 0 and up to 1; for ``"stamp"`` alone.
+
+    On CUDA ``"stamp"`` takes up to 8192 slots.
+
+    Equivalent PyTorch for ``"sum"``::
+
+        begun = held * page_size + 1 == seq_lens[:, None, None]
+        priority.masked_fill_(begun, 0).add_(mass.unflatten(1, (kv_heads, -1)).sum(2))
+    """
+    _lil.fold_mass(priority, mass, held, seq_lens, page_size, rule=rule, shared=shared, share=share)
+
+
 def compact_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -590,6 +633,11 @@ def _(q, *args, **options):
 @torch.library.register_fake("lil::evict_pages")
 def _(held, *args, **options):
     return held.new_empty(held.shape[:2])
+
+
+@torch.library.register_fake("lil::fold_mass")
+def _(*args, **options):
+    return None
 
 
 @torch.library.register_fake("lil::compact_kv")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from lil_ops.guardian import StopReason
+from lil_ops.actions import ActionEvent
+from lil_ops.stopping import StopReason
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class GenerationResult:
     tokens: the new ids, an end-of-sequence token included. stop_reason: `StopReason.RUNNING` where interrupted.
     step_times: seconds of each step, the prefill first. kv_bytes_peak: the most cache bytes in use at a time.
     lz77: the LZ77 curve: element i of an int array is the size in phrases of the first i + 1 new tokens.
+    events: what a stop rule's action did, and when.
     """
 
     tokens: list[list[int]]
@@ -42,6 +44,7 @@ class GenerationResult:
     step_times: list[float]
     kv_bytes_peak: int
     lz77: list[np.ndarray]
+    events: list[list[ActionEvent]] = field(default_factory=list)
 
     @property
     def ttft(self) -> float:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lil_ops.reference.append_kv import page_summary
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOAT8 = torch.float8_e4m3fn
 # The contract: relative error in norm, by the dtype of the result.
@@ -45,11 +47,13 @@ def paged(
     scales=None,
     summary_mode="minmax",
     representatives=2,
+    summary_dtype=None,
 ):
     """A cache whose physical pages are shuffled; pages that no sequence owns hold NaN, so that any read shows.
 
     ``scales``: of SCALES, for a float8 cache. Then too keys and values are standard normal.
-    ``representatives``: a page's keys that its summary in mode "representative" has.
+    ``representatives``: a page's keys that its summary in mode "representative" has. ``summary_dtype``: None is
+    ``dtype``.
     """
     g = torch.Generator().manual_seed(seed)
     max_pages = max(1, max((-(-n // page_size) for n in lengths), default=1)) + 1
@@ -58,7 +62,8 @@ def paged(
     k, v = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
     if nhd:
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-    summary = torch.full((num_pages, kv_heads, representatives, head_dim), torch.nan, dtype=dtype)
+    summary_shape = num_pages, kv_heads, representatives, head_dim
+    summary = torch.full(summary_shape, torch.nan, dtype=summary_dtype or dtype)
     k_scale, v_scale = (random_scale(scales, num_pages, kv_heads, seed + i) for i in range(2))
     tables = [torch.full((len(lengths), max_pages), -1, dtype=torch.int32) for _ in range(kv_heads if per_head else 1)]
     for h, table in enumerate(tables):
@@ -72,7 +77,7 @@ def paged(
                 keys = store(keys, k_scale, physical, heads, dtype)
                 k[physical, heads, :valid] = keys
                 v[physical, heads, :valid] = store(values, v_scale, physical, heads, dtype)
-                summary[physical, heads] = summarised(keys, summary_mode, representatives)
+                summary[physical, heads] = summarised(keys, summary_mode, representatives, summary.dtype)
     page_table = torch.stack(tables, 1) if per_head else tables[0]
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
     tensors = k, v, summary, page_table, seq_lens, k_scale, v_scale
@@ -95,13 +100,11 @@ def store(x, scale, physical, heads, dtype):
     return x.clamp(-448, 448).to(dtype)
 
 
-def summarised(keys, mode, representatives):
+def summarised(keys, mode, representatives, dtype):
     """The summary of a page's keys ``[heads, tokens, head_dim]``. Its representatives: the first, in a circle."""
     if mode == "representative":
-        return keys[:, torch.arange(representatives) % keys.size(1)]
-    wide = keys.double()
-    both = (wide.amin(1), wide.amax(1)) if mode == "minmax" else (wide.mean(1), wide.std(1, correction=0))
-    return torch.stack(both, 1).to(keys.dtype)
+        return keys[:, torch.arange(representatives) % keys.size(1)].to(dtype)
+    return page_summary(keys.double(), mode, dtype)
 
 
 def queries(device, batch, q_heads, head_dim, dtype=torch.float32, seed=1):

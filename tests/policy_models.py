@@ -209,12 +209,15 @@ class RKV(Tokens):
 
 
 def redundancy(keys: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
-    """How much like the other keys each is, ``[n]``: a softmax. Each key forgives the latest one that is like it."""
+    """How much like the other keys each is, ``[n]``: a softmax. Each key forgives the latest one that is like it.
+
+    One that nothing is like forgives the first: the published code's search for the latest begins there.
+    """
     unit = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
     similarity = (unit @ unit.T).fill_diagonal_(0)
     for row in similarity:
         like = (row > threshold).nonzero().flatten()
-        row[like[-1:]] = 0
+        row[like[-1] if len(like) else 0] = 0
     return similarity.mean(0).softmax(-1)
 
 

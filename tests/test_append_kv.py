@@ -109,6 +109,83 @@ def test_ragged_float8(device, lengths, page_size, head_dim, dtype, scales, mode
     check(cache, *new_tokens(sum(added), cache, dtype=dtype), cu_seqlens, summary, mode)
 
 
+FLOAT8_SUMMARY = {"summary_dtype": FLOAT8}
+
+
+@pytest.mark.parametrize("mode", ["minmax", "meanstd"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_float8_summary(device, dtype, head_dim, mode):
+    cache = paged(device, [1, 16, 17, 46], head_dim=head_dim, dtype=dtype, summary_mode=mode, **FLOAT8_SUMMARY)
+    check(cache, *new_tokens(4, cache), mode=mode)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=4),
+    page_size=st.sampled_from([8, 16, 32]),
+    head_dim=st.sampled_from([64, 80, 96]),
+    dtype=st.sampled_from(DTYPES),
+    mode=st.sampled_from(["minmax", "meanstd"]),
+    size=st.sampled_from([1e-3, 1.0, 150.0]),
+    per_head=st.booleans(),
+    nhd=st.booleans(),
+    data=st.data(),
+)
+def test_ragged_float8_summary(device, lengths, page_size, head_dim, dtype, mode, size, per_head, nhd, data):
+    cache = paged(device, lengths, kv_heads=3, head_dim=head_dim, page_size=page_size, per_head=per_head, nhd=nhd,
+                  dtype=dtype, summary_mode=mode, **FLOAT8_SUMMARY)  # fmt: skip
+    added = [data.draw(st.integers(0, n)) for n in lengths]
+    cu_seqlens = torch.tensor([0, *torch.tensor(added).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    k, v = new_tokens(sum(added), cache)
+    check(cache, k * size, v, cu_seqlens, mode=mode)
+
+
+def bounds_of_pages(device, keys, dtype):
+    """The float8 summary ``[2, pages, 64]`` of pages that hold ``keys [pages, tokens, 64]`` each."""
+    pages, tokens, _ = keys.shape
+    cache = paged(device, [tokens] * pages, kv_heads=1, dtype=dtype, page_size=8, **FLOAT8_SUMMARY)
+    k = keys.to(device, dtype).flatten(0, 1)[:, None]
+    cu_seqlens = torch.arange(0, len(k) + 1, tokens, dtype=torch.int32, device=device)
+    lil_ops.append_kv(cache.k, cache.v, cache.summary, k, k, cache.page_table, cache.seq_lens, cu_seqlens)
+    return cache.summary[cache.page_table[:, 0].long(), 0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_float8_bounds_of_every_value(device, dtype):
+    """Of a page with one key the bounds are its neighbours: each of the 65536 values, and what float32 has between."""
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).short()
+    x = bits.view(torch.float16 if dtype == torch.float16 else torch.bfloat16)
+    if dtype == torch.float32:
+        values = torch.arange(127, dtype=torch.uint8).view(FLOAT8).float()
+        ends = torch.tensor([torch.inf, -torch.inf])
+        x = torch.cat([x.float(), *(torch.nextafter(sign * values, end) for end in ends for sign in (1, -1))])
+        x = torch.nn.functional.pad(x, (0, -len(x) % 64))
+    low, high = bounds_of_pages(device, x.view(-1, 1, 64), dtype)
+    grid = torch.arange(127, dtype=torch.uint8).view(FLOAT8).double()
+    grid = torch.cat([-grid.flip(0)[:-1], grid]).to(device)
+    x = x.view(-1, 64).to(device).double()
+    # The nearest values on either side, found by counting.
+    below, above = torch.searchsorted(grid, x, right=True) - 1, torch.searchsorted(grid, x)
+    for got, index, lost in ((low, below, x < -448), (high, above, x > 448)):
+        got, lost = got.double(), lost | x.isnan()
+        assert torch.equal(got.isnan(), lost)
+        assert torch.equal(got[~lost], grid[index[~lost]])
+    exact = x.abs() <= 448
+    assert (low.double() <= x)[exact].all() and (high.double() >= x)[exact].all()
+
+
+def test_float8_bounds_saturate_inside_alone(device):
+    """A bound that float8 has stays one, also beyond its range; one that it has not is NaN."""
+    keys = torch.zeros(1, 2, 64)
+    keys[0, :, :6] = torch.tensor([[500.0, -500.0, 448.0, -448.0, 448.5, torch.inf], [600, -600, 1, -1, 3, 500]])
+    low, high = bounds_of_pages(device, keys, torch.float32)
+    nan = torch.nan
+    expected = torch.tensor([[448, nan, 1, -448, 3, 448], [nan, -448, 448, -1, nan, nan]], device=device)
+    got = torch.stack([low[0, :6], high[0, :6]]).float()
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def special_values(device):
     """Every float8 value, the middle between neighbours and what lies beside it, and what is out of range."""
     every = torch.arange(127, dtype=torch.uint8).view(FLOAT8).float()
@@ -218,14 +295,16 @@ def test_strided_tokens(device):
     dtype=st.sampled_from([*DTYPES, FLOAT8]),
     mode=st.sampled_from(["minmax", "meanstd"]),
     scales=st.sampled_from(SCALES),
+    summary_dtype=st.sampled_from([None, FLOAT8]),
     per_head=st.booleans(),
     nhd=st.booleans(),
     summary=st.booleans(),
     data=st.data(),
 )
-def test_slots(device, lengths, page_size, head_dim, dtype, mode, scales, per_head, nhd, summary, data):
+def test_slots(device, lengths, page_size, head_dim, dtype, mode, scales, summary_dtype, per_head, nhd, summary, data):
     cache = paged(device, lengths, kv_heads=3, head_dim=head_dim, page_size=page_size, per_head=per_head, nhd=nhd,
-                  dtype=dtype, scales=scales if dtype == FLOAT8 else None, summary_mode=mode)  # fmt: skip
+                  dtype=dtype, scales=scales if dtype == FLOAT8 else None, summary_mode=mode,
+                  summary_dtype=summary_dtype)  # fmt: skip
     slots = [data.draw(st.lists(st.integers(-1, n - 1), min_size=3, max_size=3)) for n in lengths]
     slots = torch.tensor(slots, dtype=torch.int32, device=device)
     k, v = new_tokens(len(lengths), cache, dtype=torch.bfloat16 if dtype == FLOAT8 else dtype)
@@ -256,18 +335,21 @@ def test_a_bad_slot_stays_in_its_head(device):
         assert torch.equal((now != then).flatten(2).any(-1), written)
 
 
-def test_overwriting_a_token_renews_the_summary(device):
-    cache = paged(device, [16])
+@pytest.mark.parametrize("summary_dtype", [torch.float32, FLOAT8])
+def test_overwriting_a_token_renews_the_summary(device, summary_dtype):
+    cache = paged(device, [16], summary_dtype=summary_dtype)
     cache.k[cache.page_table[0, 0], :, 15] = 100.0
     lil_ops.append_kv(cache.k, cache.v, cache.summary, *new_tokens(1, cache), cache.page_table, cache.seq_lens)
-    assert cache.summary[cache.page_table[0, 0]].max() < 100
+    assert cache.summary[cache.page_table[0, 0]].float().max() < 100
 
 
 @pytest.mark.parametrize("mode", ["minmax", "meanstd"])
-@pytest.mark.parametrize("dtype", [torch.float32, FLOAT8])
-def test_nan_key_stays_in_its_summary(device, dtype, mode):
-    cache = paged(device, [16, 16], dtype=dtype)
-    k, v = new_tokens(2, cache, dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("dtype", "summary_dtype"), [(torch.float32, torch.float32), (torch.bfloat16, FLOAT8), (FLOAT8, FLOAT8)]
+)
+def test_nan_key_stays_in_its_summary(device, dtype, summary_dtype, mode):
+    cache = paged(device, [16, 16], dtype=dtype, summary_dtype=summary_dtype)
+    k, v = new_tokens(2, cache, dtype=torch.float32 if dtype == FLOAT8 else dtype)
     k[0, 0, 5] = torch.nan
     lil_ops.append_kv(cache.k, cache.v, cache.summary, k, v, cache.page_table, cache.seq_lens, summary_mode=mode)
     first, second = cache.page_table[:, 0]
@@ -307,6 +389,25 @@ def test_opcheck_float8(device):
     buffers = (without_nan(t) for t in (cache.k, cache.v, cache.summary))
     args = (*buffers, *new_tokens(2, cache, dtype=torch.bfloat16), cache.page_table, cache.seq_lens)
     torch.library.opcheck(torch.ops.lil.append_kv.default, args, cache.scales, test_utils=OPCHECKS_OF_FLOAT8)
+    cache = paged(device, [20, 5], dtype=torch.bfloat16, **FLOAT8_SUMMARY)
+    buffers = (without_nan(t) for t in (cache.k, cache.v, cache.summary))
+    args = (*buffers, *new_tokens(2, cache), cache.page_table, cache.seq_lens)
+    torch.library.opcheck(torch.ops.lil.append_kv.default, args, test_utils=OPCHECKS_OF_FLOAT8)
+
+
+@pytest.mark.parametrize("slots", [None, -1])
+def test_a_sequence_of_no_tokens_takes_no_part(device, slots):
+    cache = paged(device, [20, 0, 5])
+    k, v = new_tokens(3, cache)
+    buffers = [t.clone() for t in (cache.k, cache.v, cache.summary)]
+    slots = None if slots is None else torch.full((3, cache.k.shape[1]), slots, dtype=torch.int32, device=device)
+    lil_ops.append_kv(cache.k, cache.v, cache.summary, k, v, cache.page_table, cache.seq_lens, slots=slots)
+    expected = reference.append_kv(*buffers, k, v, cache.page_table, cache.seq_lens, slots=slots)
+    for actual, before, wanted in zip((cache.k, cache.v, cache.summary), buffers, expected, strict=True):
+        torch.testing.assert_close(actual, wanted.to(actual.dtype), rtol=0, atol=0, equal_nan=True)
+        assert not torch.equal(actual.nan_to_num(), before.nan_to_num())
+    if device == "cuda":
+        lil_ops.check_errors()
 
 
 def slots_like(a):
@@ -326,6 +427,13 @@ BAD = {
         v_cache=a["v_cache"].transpose(2, 3).contiguous().transpose(2, 3)
     ),
     "summary: expected shape": lambda a: a.update(summary=a["summary"][:, :, :1]),
+    "summary: expected Float or Float8_e4m3fn, got Half": lambda a: a.update(summary=a["summary"].half()),
+    "summary: expected its last two dimensions contiguous": lambda a: a.update(
+        summary=a["summary"].to(FLOAT8).repeat(1, 1, 2, 1)[:, :, ::2]
+    ),
+    "k_scale: expected None where values are not stored as Float8_e4m3fn, got": lambda a: a.update(
+        summary=a["summary"].to(FLOAT8), k_scale=torch.ones(2)
+    ),
     "k: expected shape": lambda a: a.update(k=a["k"][:, :, :32]),
     "k: expected Float, got Half": lambda a: a.update(k=a["k"].half()),
     "v: expected shape": lambda a: a.update(v=a["v"][:1]),
@@ -333,7 +441,9 @@ BAD = {
     "page_table: expected shape": lambda a: a.update(page_table=a["page_table"][:1]),
     "seq_lens: expected Int": lambda a: a.update(seq_lens=a["seq_lens"].long()),
     "seq_lens: expected 0 to": lambda a: a.update(seq_lens=a["seq_lens"].new_tensor([20, 1000])),
-    "seq_lens: expected at least the 1 tokens": lambda a: a.update(seq_lens=a["seq_lens"].new_tensor([20, 0])),
+    "seq_lens: expected at least the 2 tokens": lambda a: a.update(
+        seq_lens=a["seq_lens"].new_tensor([20, 1]), cu_seqlens=a["seq_lens"].new_tensor([0, 0, 2])
+    ),
     "page_table: expected a page from 0": lambda a: a.update(page_table=a["page_table"] * 0 - 1),
     "page_table: expected a page from 0 to": lambda a: a.update(page_table=a["page_table"] * 0 + 1000),
     "cu_seqlens: expected ascending": lambda a: a.update(cu_seqlens=a["seq_lens"].new_tensor([0, 2, 1])),

@@ -17,11 +17,11 @@ LENGTHS, STEPS = [60, 50], 6
 class Engine:
     """The static buffers of an engine that serves one layer. Every sequence has the pages that it will grow into."""
 
-    def __init__(self, device, dtype):
+    def __init__(self, device, dtype, summary_dtype=None):
         lengths = [n + STEPS for n in LENGTHS]
         scales = "page" if dtype == FLOAT8 else None
         cache = paged(device, lengths, page_size=PAGE_SIZE, kv_heads=KV_HEADS, dtype=dtype, scales=scales,
-                      summary_mode="meanstd")  # fmt: skip
+                      summary_mode="meanstd", summary_dtype=summary_dtype)  # fmt: skip
         self.k, self.v, self.summary, self.page_table = cache.k, cache.v, cache.summary, cache.page_table
         self.scales = cache.scales
         self.seq_lens = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
@@ -76,9 +76,9 @@ def compile_step():
     torch._dynamo.reset()
 
 
-def check(step, compiled_step, device, dtype):
+def check(step, compiled_step, device, dtype, summary_dtype=None):
     """Compiled equals eager, in place, and compiles once."""
-    eager, compiled = Engine(device, dtype), Engine(device, dtype)
+    eager, compiled = (Engine(device, dtype, summary_dtype) for _ in range(2))
     places = [buffer.data_ptr() for buffer in compiled.buffers()]
     for buffer in compiled.buffers():
         torch._dynamo.mark_static_address(buffer)
@@ -93,20 +93,23 @@ def check(step, compiled_step, device, dtype):
     return eager
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FLOAT8])
+DTYPES_OF_CACHE_AND_SUMMARY = [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, FLOAT8), (FLOAT8, None)]
+
+
+@pytest.mark.parametrize(("dtype", "summary_dtype"), DTYPES_OF_CACHE_AND_SUMMARY)
 @pytest.mark.parametrize("step", [separate, fused])
-def test_compiled_equals_eager(device, dtype, step, compile_step):
-    e = check(step, compile_step(step), device, dtype)
+def test_compiled_equals_eager(device, dtype, summary_dtype, step, compile_step):
+    e = check(step, compile_step(step), device, dtype, summary_dtype)
     if step is separate:
         torch.testing.assert_close(e.page_mass.sum(-1), torch.ones_like(e.heat))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT8])
+@pytest.mark.parametrize(("dtype", "summary_dtype"), DTYPES_OF_CACHE_AND_SUMMARY[1:])
 @pytest.mark.parametrize("step", [separate, fused])
-def test_compiled_as_a_cuda_graph_equals_eager(device, dtype, step, compile_step):
+def test_compiled_as_a_cuda_graph_equals_eager(device, dtype, summary_dtype, step, compile_step):
     if device == "cpu":
         pytest.skip("CUDA graphs")
-    check(step, compile_step(step, mode="reduce-overhead"), device, dtype)
+    check(step, compile_step(step, mode="reduce-overhead"), device, dtype, summary_dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT8])

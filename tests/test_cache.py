@@ -100,6 +100,18 @@ def test_summaries_are_kept_where_asked_for():
     assert make().summary == [None] * LAYERS
 
 
+def test_float8_summaries_beside_a_wider_cache():
+    cache = make(summary_mode="minmax", dtype=torch.bfloat16, summary_dtype=torch.float8_e4m3fn)
+    cache.begin_step([0], [5])
+    k = torch.randn(5, HEADS, DIM).bfloat16()
+    cache.append(0, k, k)
+    summary = cache.summary[0][mapped(cache, 0)[0]]
+    assert cache.k[0].dtype == torch.bfloat16 and summary.dtype == torch.float8_e4m3fn
+    low, high = summary.float().unbind(1)
+    assert (low <= k.amin(0)).all() and (high >= k.amax(0)).all()
+    assert (low - k.amin(0)).abs().max() < 0.5
+
+
 def test_unknown_summaries():
     with pytest.raises(
         ValueError, match="summary_mode: expected None, 'minmax', 'meanstd' or 'representative', got 'max'"
@@ -107,10 +119,18 @@ def test_unknown_summaries():
         make(summary_mode="max")
 
 
+def test_a_summary_dtype_that_append_kv_does_not_take():
+    with pytest.raises(
+        ValueError, match=r"summary_dtype: expected torch\.float32 or torch\.float8_e4m3fn, got torch\.b"
+    ):
+        make(summary_mode="minmax", summary_dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("summary_mode", [None, "minmax", "meanstd"])
+@pytest.mark.parametrize("summary_dtype", [None, torch.float8_e4m3fn])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_those_of_the_mapped_pages(summary_mode, dtype):
-    cache = make(summary_mode=summary_mode, dtype=dtype)
+def test_bytes_are_those_of_the_mapped_pages(summary_mode, summary_dtype, dtype):
+    cache = make(summary_mode=summary_mode, dtype=dtype, summary_dtype=summary_dtype)
     buffers = cache.k + cache.v + (cache.summary if summary_mode else [])
     page = sum(buffer[0].nbytes for buffer in buffers)
     assert cache.bytes_in_use == cache.bytes_peak == 0

@@ -22,8 +22,8 @@ from lil_ops.cli import display, main, session
 from lil_ops.cli.display import RunView, seconds, size
 from lil_ops.cli.text import Detokenizer
 from lil_ops.decode import DecodeLoop
-from lil_ops.guardian import StopReason
 from lil_ops.result import StepEvent
+from lil_ops.stopping import StopReason
 
 PROMPT = "Ten pens, six books: what is the change?"
 QUEST = ["--policy", "quest", "--budget", "32"]
@@ -150,8 +150,31 @@ def test_json_is_one_document_with_every_run(generate, folder, tokenizer):
         assert run["ratio"] == run["phrases"] / len(run["tokens"])
         assert run["kv_bytes_peak"] == result.kv_bytes_peak > 0
         assert run["jct_s"] == pytest.approx(run["ttft_s"] + run["tbt_s"] * (len(run["tokens"]) - 1))
-    assert document["runs"][3]["guardian"] == {"interval": 8, "threshold": 1000, "unit": "phrases"}
+    assert document["runs"][3]["guardian"] == vars(lil_ops.Guardian(interval=8, threshold=1000))
     assert document["runs"][3]["policy_options"] == {"budget": 32} and document["runs"][0]["policy_options"] == {}
+
+
+def test_budgets_of_layers_and_options_of_one_policy(generate, folder):
+    layers = hf.AutoConfig.from_pretrained(folder).num_hidden_layers
+    rkv = ["--policy", "rkv", "--policy-option", "buffer=8", "--policy-option", "mix=0.07", "--no-compare", "--json"]
+    (run,) = json.loads(generate(*rkv, "--budget", "0.5", PROMPT)[1])["runs"]
+    assert run["policy_options"] == {"budget": 0.5, "buffer": 8, "mix": 0.07}
+    budgets = ",".join(["32"] * layers)
+    (run,) = json.loads(generate(*rkv, "--budget", budgets, PROMPT)[1])["runs"]
+    assert run["policy_options"]["budget"] == [32] * layers and run["stop_reason"] == "length"
+    assert_user_error(generate(*rkv, "--budget", budgets + ",32", PROMPT), "policy rkv: budget: expected one entry for")
+
+
+def test_what_the_guardian_brings_about(generate):
+    fires = ["--guardian", "--interval", "8", "--threshold", "1000", "--no-compare", "--json"]
+    answer = ["--action", "answer", "--answer-text", "So:", "--answer-tokens", "5"]
+    (run,) = json.loads(generate(*fires, *answer, PROMPT)[1])["runs"]
+    assert run["events"] == [[8, "answer"]] and len(run["tokens"]) == 8 + 3 + 5 and run["stop_reason"] == "length"
+    assert_user_error(generate(*fires, "--action", "answer", PROMPT), "Answer: text: the chat template has no </think>")
+    (run,) = json.loads(generate(*fires, *QUEST, "--loss-aware", "--action", "rescue", PROMPT)[1])["runs"]
+    assert run["events"] == [[8, "rescue"]] and len(run["tokens"]) == 16 and run["guardian"]["loss_aware"]
+    sink = ["--policy", "sink", "--budget", "32"]
+    assert_user_error(generate(*fires, *sink, "--action", "rescue", PROMPT), "Rescue: policy sink has forgotten")
 
 
 def test_the_prompt_from_standard_input(generate, monkeypatch):
@@ -195,7 +218,11 @@ EARLY_ERRORS = {
     "not text": (["\udcff"], "the prompt is not UTF-8 text"),
     "no prompt": ([], "(?i:missing argument 'prompt')"),
     "unknown option": (["--buget", "9", "x"], "No such option"),
-    "not a number": (["--budget", "many", "x"], "Invalid value for '--budget'"),
+    "not a number": (["--budget", "many", "x"], "--budget: expected a number of tokens, a share, .*got 'many'"),
+    "not a share": (["--policy", "sink", "--budget", "1.5", "x"], "policy sink: budget: expected a share.*got 1.5"),
+    "a list too short": (["--policy", "sink", "--budget", "64,2", "x"], "policy sink: budget: expected at least"),
+    "no value": ([*QUEST, "--policy-option", "buffer", "x"], "--policy-option: expected NAME=VALUE, got 'buffer'"),
+    "not its option": ([*QUEST, "--policy-option", "buffer=9", "x"], "policy quest: unknown option 'buffer'"),
     "unknown policy": (["--policy", "qust", "x"], "unknown policy 'qust'.*did you mean 'quest'"),
     "budget missing": (["--policy", "quest", "x"], "policy quest: budget"),
     "budget too small": (["--policy", "sink", "--budget", "4", "x"], "policy sink: budget: expected at least"),
@@ -216,6 +243,9 @@ EARLY_ERRORS = {
     "threshold": (["--guardian", "--threshold", "nan", "x"], "Guardian: threshold: expected"),
     "unit": (["--guardian", "--unit", "bytes", "x"], "Invalid value for '--unit'"),
     "bits without a threshold": (["--guardian", "--unit", "bits", "x"], "--unit bits needs --threshold"),
+    "loss without Guardian": (["--loss-aware", "x"], "--loss-aware needs --guardian"),
+    "action without Guardian": (["--action", "rescue", "x"], "--action rescue needs --guardian"),
+    "answer text": ([*GUARDIAN, "--answer-text", "So:", "x"], "--answer-text needs --action answer"),
     "interval without Guardian": (["--interval", "8", "x"], "--interval needs --guardian"),
 }
 

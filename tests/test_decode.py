@@ -5,7 +5,8 @@ import torch
 from tiny_models import LogitsLog, build, hf_generate, prompts
 
 from lil_ops.decode import DecodeLoop, generate
-from lil_ops.guardian import Guardian, StopReason
+from lil_ops.guardian import Guardian
+from lil_ops.stopping import StopReason
 
 NEW = 32
 

@@ -194,6 +194,15 @@ def test_held_tokens_are_what_attention_reads(device):
             assert {*range(min(n, 2)), *range(max(0, n - 3), n)} <= set(tokens)
 
 
+def test_a_sequence_of_no_tokens_takes_no_part(device):
+    """Whatever it holds: a row of a fixed batch may stand still."""
+    held, priority = ints([[[3, 0]], [[5, 4]]], device), torch.zeros(2, 1, 2, device=device)
+    assert lil_ops.evict_pages(held, priority, ints([0, 7], device), 1).tolist() == [[-1], [1]]
+    assert held.tolist() == [[[3, 0]], [[5, 6]]]
+    if device == "cuda":
+        lil_ops.check_errors()
+
+
 @pytest.mark.parametrize("max_pages", [None, 3])
 def test_empty_cases(device, max_pages):
     held, tables = begun(device, 2, 2, 2, max_pages)

@@ -256,9 +256,9 @@ def test_rkv_redundancy_by_hand():
     keys = torch.tensor([[1.0, 0], [2, 0], [0, 1], [1, 0]]).double()
     similarity = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]).double()
     torch.testing.assert_close(redundancy(keys), similarity.mean(0).softmax(-1), atol=1e-7, rtol=0)
-    # Below the threshold nothing is forgiven, and it counts.
+    # Below the threshold nothing is forgiven, and it counts; but 1, which has no like, forgives the first.
     keys = torch.tensor([[1.0, 0], [0.4, 0.84**0.5], [1, 0]]).double()
-    similarity = torch.tensor([[0, 0.4, 0], [0.4, 0, 0.4], [0, 0.4, 0]]).double()
+    similarity = torch.tensor([[0, 0.4, 0], [0, 0, 0.4], [0, 0.4, 0]]).double()
     torch.testing.assert_close(redundancy(keys), similarity.mean(0).softmax(-1), atol=1e-7, rtol=0)
 
 

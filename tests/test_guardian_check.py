@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lil_ops import ops
-from lil_ops.guardian import Guardian, Lz77Tracker, StopReason
+from lil_ops.guardian import Guardian
 from lil_ops.reference.guardian_check import guardian_check as reference_guardian_check
+from lil_ops.stopping import Lz77Tracker, Progress, StopReason
 
 OPERATORS = ["guardian_check", "lz77_append"]
 NAMES = ["sizes", "num_tokens", "interval", "threshold", "checkpoint", "gain", "stop"]
@@ -100,7 +101,8 @@ def test_published_rule_over_a_sequence(device):
     for step in range(400):
         phrases, bits = tracker.append(rows[:, step : step + 1].to(device))
         num_tokens = torch.full((batch,), step + 1, dtype=torch.int32, device=device)
-        state.check(phrases, bits, num_tokens, stop)
+        newest = rows[:, step].to(device)
+        state.check(Progress(newest, phrases, bits, num_tokens, stop == 0, None, stop))
         stopped_at = [at or (step + 1 if code else None) for at, code in zip(stopped_at, stop.tolist(), strict=True)]
     assert stopped_at == [100, 200, 300]
     assert state.checkpoint[:, 0].tolist() == stopped_at and (state.gain < 4).all()
@@ -123,7 +125,7 @@ def test_state_of_a_guardian(device):
 def test_unit(device, unit, stopped):
     state = Guardian(interval=10, threshold=5, unit=unit).start(1, device)
     phrases, bits, num_tokens, stop = (torch.tensor([n], dtype=torch.int32, device=device) for n in (4, 90, 10, 0))
-    state.check(phrases, bits, num_tokens, stop)
+    state.check(Progress(num_tokens.long(), phrases, bits, num_tokens, stop == 0, None, stop))
     assert stop.item() == stopped and state.gain.item() == (4 if unit == "phrases" else 90)
 
 
@@ -137,6 +139,7 @@ def test_unit(device, unit, stopped):
         ({"threshold": -1}, "Guardian: threshold: expected a finite number, 0 or more, got -1"),
         ({"threshold": float("nan")}, "Guardian: threshold"),
         ({"threshold": "20"}, "Guardian: threshold: expected a finite number, 0 or more, got '20'"),
+        ({"loss_weight": -1.0}, "Guardian: loss_weight: expected a finite number, 0 or more, got -1"),
         ({"unit": "bytes"}, "Guardian: unit: expected one of phrases, bits, got 'bytes'"),
     ],
 )

@@ -46,9 +46,10 @@ def test_build_info():
 def errors_against_the_reference():
     """Every kernel that is compiled for each instruction set, in all dtypes; runs in a process of its own."""
     errors = []
-    for dtype, mode, head_dim in itertools.product([*DTYPES, FLOAT8], ["minmax", "meanstd"], HEAD_DIMS):
+    pairs = [*((dtype, dtype) for dtype in (*DTYPES, FLOAT8)), (torch.bfloat16, FLOAT8)]
+    for (dtype, summary_dtype), mode, head_dim in itertools.product(pairs, ["minmax", "meanstd"], HEAD_DIMS):
         cache = paged("cpu", [140, 1, 97], head_dim=head_dim, dtype=dtype, summary_mode=mode,
-                      scales="page" if dtype == FLOAT8 else None)  # fmt: skip
+                      summary_dtype=summary_dtype, scales="page" if dtype == FLOAT8 else None)  # fmt: skip
         wide = torch.bfloat16 if dtype == FLOAT8 else dtype
         q, k, v = (queries("cpu", 3, heads, head_dim, wide, seed) for seed, heads in enumerate((10, 2, 2)))
         v = v * 100 if dtype == FLOAT8 else v  # some saturate
@@ -82,7 +83,8 @@ def errors_against_the_reference():
             and all(relative_error(*both) < 1e-5 for both in zip(masses.values(), want_masses, strict=True)),
             "information_loss": relative_error(loss, want_loss) < 1e-5,
         }
-        errors += [f"{operator}, {dtype}, {mode}, head_dim {head_dim}" for operator, ok in right.items() if not ok]
+        case = f"{dtype}, {summary_dtype}, {mode}, head_dim {head_dim}"
+        errors += [f"{operator}, {case}" for operator, ok in right.items() if not ok]
     return errors
 
 

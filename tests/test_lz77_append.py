@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 import lil_ops
 from lil_ops import _C, ops
-from lil_ops.guardian import Lz77Tracker
 from lil_ops.reference.lz77_append import lz77_sizes
+from lil_ops.stopping import Lz77Tracker
 
 OPERATOR = "lz77_append"
 VOCAB = 50000

@@ -18,7 +18,7 @@ def filled(policy):
     """A cache of one layer on which a policy has begun: the prompts, 70 tokens more each, and room for two pages."""
     cache = PagedKVCache(
         num_layers=1, kv_heads=HEADS, head_dim=DIM, batch=2, max_tokens=max(PROMPTS) + 70 + 2 * PAGE,
-        page_size=PAGE, summary_mode=policy.summary_mode,
+        page_size=PAGE, summary_mode=policy.summary_mode, summary_dtype=policy.summary_dtype,
     )  # fmt: skip
     g = torch.Generator().manual_seed(0)
     policy.begin(cache, PROMPTS)
@@ -70,8 +70,9 @@ def test_unknown_names():
     [
         ("full", {"budget": 64}, "policy full: unknown option 'budget': expected none$"),
         ("sink", {"budget": 64, "top_k": 4}, f"policy sink: unknown option 'top_k': {OPTIONS}$"),
-        ("quest", {"sinks": 4}, f"policy quest: unknown option 'sinks': {OPTIONS}, scoring$"),
+        ("quest", {"sinks": 4}, f"policy quest: unknown option 'sinks': {OPTIONS}, scoring, summary_dtype$"),
         ("quest", {"budget": 64, "scoring": "max"}, "quest: scoring: expected 'minmax' or 'meanstd', got 'max'"),
+        ("quest", {"budget": 64, "summary_dtype": "fp8"}, "quest: summary_dtype: expected None or 'float8', got 'fp8'"),
         ("quest", {}, r"policy quest: budget: expected a number of tokens \(budget=...\), got none$"),
         ("quest", {"budget": "64"}, "policy quest: budget: expected a whole number, or a share, got '64'"),
         ("quest", {"budget": 1.5}, r"quest: budget: expected a share above 0 and up to 1, got 1.5"),
@@ -169,7 +170,15 @@ def test_dense_layers():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"sink": 9}, {"recent": 12}, {"protect_prompt": True}, {"scoring": "meanstd"}],
+    [
+        {},
+        {"sink": 9},
+        {"recent": 12},
+        {"protect_prompt": True},
+        {"scoring": "meanstd"},
+        {"summary_dtype": "float8"},
+        {"scoring": "meanstd", "summary_dtype": "float8"},
+    ],
 )
 def test_quest_reads_the_pages_of_the_highest_score(options):
     policy = Quest(48, dense_layers=0, **options)

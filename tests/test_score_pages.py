@@ -120,10 +120,11 @@ def test_queries_that_are_large_or_small_beside_float8_keys(device, dtype, mode)
 
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT8])
 @pytest.mark.parametrize("scales", SCALES)
-def test_is_an_upper_bound_of_every_logit(device, dtype, scales):
+@pytest.mark.parametrize("summary_dtype", [None, FLOAT8])
+def test_is_an_upper_bound_of_every_logit(device, dtype, scales, summary_dtype):
     if dtype != FLOAT8 and scales:
         pytest.skip("scales are for float8")
-    cache = paged(device, [200], kv_heads=1, dtype=dtype, scales=scales)
+    cache = paged(device, [200], kv_heads=1, dtype=dtype, scales=scales, summary_dtype=summary_dtype)
     q = queries(device, 1, 3, 64)
     scores = check(cache, q, 16)[0, 0]
     for page in range(12):

@@ -101,7 +101,7 @@ def test_groups_and_pages(device, page_size, group):
     check(step_arguments(cache, group, torch.bfloat16), 512)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 700), min_size=1, max_size=3),
     group=st.integers(1, 5),
@@ -112,12 +112,13 @@ def test_groups_and_pages(device, page_size, group):
     nhd=st.booleans(),
     protect=st.booleans(),
     softcap=st.sampled_from([0.0, 5.0]),
+    summary_dtype=st.sampled_from([None, FLOAT8]),
     seed=st.integers(0, 999),
 )
-def test_any(device, lengths, group, kv_dtype, q_dtype, mode, per_head, nhd, protect, softcap, seed):
+def test_any(device, lengths, group, kv_dtype, q_dtype, mode, per_head, nhd, protect, softcap, summary_dtype, seed):
     scales = SCALES[seed % 3] if kv_dtype == FLOAT8 else None
     cache = paged(device, lengths, dtype=kv_dtype, per_head=per_head, nhd=nhd, seed=seed, scales=scales,
-                  summary_mode=mode)  # fmt: skip
+                  summary_mode=mode, summary_dtype=summary_dtype)  # fmt: skip
     protected_lens = torch.tensor([n // 3 for n in lengths], dtype=torch.int32, device=device) if protect else None
     check(
         step_arguments(cache, group, q_dtype, seed),
@@ -141,6 +142,45 @@ def test_float8_head_dims(device, head_dim, scales, mode):
     check(step_arguments(cache, 4, torch.bfloat16), 256, **options)
 
 
+@pytest.mark.parametrize("mode", ["minmax", "meanstd"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_float8_summary_head_dims(device, head_dim, dtype, mode):
+    cache = paged(device, [1000, 1, 257, 16], head_dim=head_dim, dtype=dtype, summary_mode=mode, summary_dtype=FLOAT8)
+    check(step_arguments(cache, 4, dtype), 256, sink=4, recent=20, summary_mode=mode)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    length=st.integers(100, 400),
+    dtype=st.sampled_from(DTYPES),
+    size=st.sampled_from([0.01, 1.0, 30.0]),
+    seed=st.integers(0, 999),
+)
+def test_float8_summaries_bound_every_logit(device, length, dtype, size, seed):
+    """The scores, and with them the loss, of summaries that append_kv made."""
+    cache = paged(device, [length, 50], dtype=dtype, summary_dtype=FLOAT8)
+    g = torch.Generator().manual_seed(seed)
+    k = (size * torch.randn(length + 50, 2, 64, generator=g)).to(device, dtype)
+    cu_seqlens = torch.tensor([0, length, length + 50], dtype=torch.int32, device=device)
+    tables = cache.page_table, cache.seq_lens
+    lil_ops.append_kv(cache.k, cache.v, cache.summary, k, k, *tables, cu_seqlens)
+    q = queries(device, 2, 4, 64, dtype, seed)
+    scores = lil_ops.score_pages(q, cache.summary, *tables, 16)
+    pages, counts = lil_ops.select_pages(scores, cache.seq_lens, 16, 48)
+    _, lse = lil_ops.sparse_decode(q, cache.k, cache.v, *tables, pages, counts)
+    loss = lil_ops.information_loss(lse, scores, cache.seq_lens, 16, pages, counts)
+    for b, keys in enumerate((k[:length], k[length:])):
+        logits = torch.einsum("hgd,thd->hgt", q[b].double().view(2, 2, 64), keys.double()) / 8
+        highest = (
+            torch.nn.functional.pad(logits.amax(1), (0, -len(keys) % 16), value=-torch.inf).view(2, -1, 16).amax(-1)
+        )
+        slack = 1e-5 * logits.abs().max()
+        assert (scores[b, :, : highest.size(1)] >= highest - slack).all()
+        read = logits.logsumexp(-1).flatten()
+        assert (loss[b] >= -torch.expm1((lse[b].double() - read).clamp_max(0)) - slack).all()
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, FLOAT8])
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_meanstd_pages(device, page_size, dtype):
@@ -149,10 +189,11 @@ def test_meanstd_pages(device, page_size, dtype):
     check(arguments, 512, summary_mode="meanstd")
 
 
+@pytest.mark.parametrize("summary_dtype", [None, FLOAT8])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reference(device, dtype):
+def test_reference(device, dtype, summary_dtype):
     # Few pages, whose scores lie far apart: float32 and float64 choose alike.
-    cache = paged(device, [300, 40], dtype=dtype)
+    cache = paged(device, [300, 40], dtype=dtype, summary_dtype=summary_dtype)
     arguments = step_arguments(cache, 4, dtype)
     out, lse, *buffers, loss = reference.sparse_decode_step(*copies(arguments), 96, sink=4)
     got = *lil_ops.sparse_decode_step(*arguments, 96, sink=4, loss=(lost := empty_loss(out))), lost
@@ -209,6 +250,30 @@ def test_a_covering_budget_is_dense_attention(device):
     loss = empty_loss(out)
     lil_ops.sparse_decode_step(*arguments, 4096, loss=loss)
     assert (loss == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pages_that_float8_cannot_bound_are_read_first(device, dtype):
+    """And where they do not fit in the budget, the loss is NaN instead of a bound that is none."""
+    cache = paged(device, [320, 320], dtype=dtype, summary_dtype=FLOAT8)
+    large = {0: [3, 7], 1: [2, 5, 6, 9]}
+    tables = cache.page_table, cache.seq_lens
+    slots = torch.zeros(2, 2, dtype=torch.int32, device=device)
+    for turn in range(4):
+        k = torch.zeros(2, 2, 64, device=device, dtype=dtype)
+        k[:, 0, 5] = 500.0
+        for b, pages in large.items():
+            slots[b] = pages[turn % len(pages)] * 16 + 1
+        lil_ops.append_kv(cache.k, cache.v, cache.summary, k, k, *tables, slots=slots)
+    arguments = step_arguments(cache, 2, dtype)
+    loss = empty_loss(arguments[0])
+    lil_ops.sparse_decode_step(*copies(arguments), 64, loss=loss)
+    assert loss[0].isfinite().all() and loss[1, :2].isnan().all() and loss[1, 2:].isfinite().all()
+    scores = lil_ops.score_pages(arguments[0], cache.summary, *tables, 16)
+    assert [scores[b, 0].isnan().nonzero().flatten().tolist() for b in range(2)] == list(large.values())
+    pages, _ = lil_ops.select_pages(scores, cache.seq_lens, 16, 64)
+    assert {3, 7, 19} < set(pages[0, 0].tolist()) and pages[1, 0].tolist() == [2, 5, 6, 19]
+    check(arguments, 64)
 
 
 def test_the_loss_bounds_what_was_not_read(device):
@@ -291,6 +356,11 @@ def test_opcheck(device):
     arguments = (q, k, v, *(without_nan(b) for b in buffers), page_table, seq_lens, 64)
     options = {"loss": loss, **cache.scales}
     torch.library.opcheck(torch.ops.lil.sparse_decode_step.default, arguments, options, test_utils=OPCHECKS_OF_FLOAT8)
+    cache = paged(device, [100, 7], summary_dtype=FLOAT8)
+    q, k, v, *buffers, page_table, seq_lens = step_arguments(cache, 2)
+    arguments = (q, k, v, *(without_nan(b) for b in buffers), page_table, seq_lens, 64)
+    options = {"loss": loss}
+    torch.library.opcheck(torch.ops.lil.sparse_decode_step.default, arguments, options, test_utils=OPCHECKS_OF_FLOAT8)
 
 
 NAMES = ["q", "k", "v", "k_cache", "v_cache", "summary", "page_table", "seq_lens"]
@@ -300,6 +370,7 @@ BAD = {
     "v: expected Float, got Half": lambda a: a.update(v=a["v"].half()),
     "v_cache: expected shape": lambda a: a.update(v_cache=a["v_cache"][:2]),
     "summary: expected shape": lambda a: a.update(summary=a["summary"][:, :, :1]),
+    "summary: expected Float or Float8_e4m3fn, got Half": lambda a: a.update(summary=a["summary"].half()),
     "seq_lens: expected Int, got Long": lambda a: a.update(seq_lens=a["seq_lens"].long()),
     "page_table: expected shape": lambda a: a.update(page_table=a["page_table"][:1]),
     "budget: expected at least 16 tokens": lambda a: a.update(budget=15),
@@ -312,6 +383,9 @@ BAD = {
     ),
     "k_scale: expected None where values are not stored as Float8": lambda a: a.update(k_scale=torch.ones(2)),
     "v_scale: expected None where values are not stored as Float8": lambda a: a.update(v_scale=torch.ones(2)),
+    "k_scale: expected None where values are not stored as Float8_e4m3fn": lambda a: a.update(
+        summary=a["summary"].to(FLOAT8), k_scale=torch.ones(2)
+    ),
     "loss: expected Float, got Half": lambda a: a.update(loss=empty_loss(a["q"]).half()),
     "loss: expected shape \\[batch, q_heads\\]": lambda a: a.update(loss=empty_loss(a["q"])[:, :2]),
     "loss: expected a contiguous": lambda a: a.update(loss=empty_loss(a["q"]).T.contiguous().T),
@@ -355,7 +429,7 @@ def test_values_out_of_range(device, what):
     arguments = dict(zip(NAMES, step_arguments(paged(device, [40, 7]), 2), strict=True), budget=64)
     before = arguments["k_cache"].clone()
     if what == "seq_lens":
-        arguments["seq_lens"] = arguments["seq_lens"] * 0
+        arguments["seq_lens"] = arguments["seq_lens"] + 999
     else:
         arguments["page_table"] = arguments["page_table"] * 0 + 999
     with pytest.raises(RuntimeError, match=f"{what}: expected"):

@@ -10,7 +10,8 @@ from cases import DTYPES, paged
 from torch._inductor.utils import run_and_get_code
 
 import lil_ops
-from lil_ops.guardian import Guardian, StopReason
+from lil_ops.guardian import Guardian
+from lil_ops.stopping import StopReason
 
 OPERATORS = ["append_kv", "score_pages", "select_pages", "sparse_decode", "lz77_append", "guardian_check"]
 BATCH, KV_HEADS, Q_HEADS, HEAD_DIM, PAGE_SIZE, BUDGET, VOCAB = 3, 2, 6, 64, 8, 48, 11

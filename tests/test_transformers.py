@@ -26,6 +26,7 @@ NEW = 40
 COVERING = [
     ("quest", {"budget": 128}),
     ("quest", {"budget": 128, "scoring": "meanstd"}),
+    ("quest", {"budget": 128, "summary_dtype": "float8"}),
     ("sink", {"budget": 128}),
     ("quest", {"budget": 128, "dense_layers": 0}),
 ]
@@ -57,6 +58,13 @@ def test_a_covering_budget_gives_fulls_logits_bit_for_bit(model, policy, options
         generate(model, batch, max_new_tokens=NEW, policy=policy, **options)
     assert len(full.logits) == NEW + 1
     assert all(map(torch.equal, full.logits, covered.logits))
+
+
+def test_float8_summaries_reach_the_cache():
+    caches = [
+        LilCache(build("llama"), "quest", budget=64, max_tokens=64, **o) for o in ({}, {"summary_dtype": "float8"})
+    ]
+    assert [cache.kv.summary[0].dtype for cache in caches] == [torch.float32, torch.float8_e4m3fn]
 
 
 def test_sink_reads_exactly_its_tokens():

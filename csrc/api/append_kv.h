@@ -1,6 +1,7 @@
 #pragma once
 
 #include "api/checks.h"
+#include "api/name.h"
 
 namespace lil {
 
@@ -14,9 +15,13 @@ AppendKvParams append_kv_params(const char* op, Tensor& k_cache, Tensor& v_cache
   KvCache cache = make_kv_cache(k_cache, v_cache, k_scale, v_scale, op);
   const SummaryMode summary_mode = check_made_summary(mode, op);
   Summary pages{};
+  pages.dtype = cache.dtype;
   if (summary) {
-    pages = make_summary(*summary, k_cache, op, cache.num_pages, cache.kv_heads, cache.head_dim, k_cache.scalar_type(),
-                         summary_mode);
+    const ScalarType stored = k_cache.scalar_type();
+    LIL_CHECK(summary->scalar_type() == stored || is_float8(*summary), op, "summary",
+              text(is_float8(k_cache) ? "" : text(torch::headeronly::toString(stored), " or "), "Float8_e4m3fn"),
+              torch::headeronly::toString(summary->scalar_type()));
+    pages = make_summary(*summary, k_cache, op, cache.num_pages, cache.kv_heads, cache.head_dim, summary_mode);
     check_aligned(*summary, op, "summary", Backend::kAlignment);
   }
   const char* meaning = "[tokens, kv_heads, head_dim]";
@@ -67,7 +72,7 @@ AppendKvParams append_kv_params(const char* op, Tensor& k_cache, Tensor& v_cache
 template <class Backend>
 void append_kv(Tensor k_cache, Tensor v_cache, std::optional<Tensor> summary, const Tensor& k, const Tensor& v,
                const Tensor& page_table, const Tensor& seq_lens, const std::optional<Tensor>& cu_seqlens,
-               const std::string& mode, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
+               const Name& mode, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
                const std::optional<Tensor>& slots) {
   const AppendKvParams params = append_kv_params<Backend>("append_kv", k_cache, v_cache, summary, k, v, page_table,
                                                           seq_lens, cu_seqlens, mode, k_scale, v_scale, slots);

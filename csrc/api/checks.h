@@ -227,10 +227,10 @@ inline SummaryMode check_read_summary(const std::string& mode, const char* op) {
 
 // -1 in num_pages and kv_heads accepts any.
 inline Summary make_summary(const Tensor& t, const Tensor& like, const char* op, int64_t num_pages, int64_t kv_heads,
-                            int64_t head_dim, ScalarType dtype, SummaryMode mode) {
+                            int64_t head_dim, SummaryMode mode) {
   const char* arg = "summary";
   check_device(t, like, op, arg);
-  check_dtype(t, op, arg, dtype);
+  const DType dtype = check_stored_dtype(t, op, arg);
   if (mode == SummaryMode::kRepresentative) {
     check_shape(t, op, arg, "[num_pages, kv_heads, r, head_dim]", {num_pages, kv_heads, -1, head_dim});
   } else {
@@ -242,7 +242,7 @@ inline Summary make_summary(const Tensor& t, const Tensor& like, const char* op,
   check_last_contiguous(t, op, arg);
   LIL_CHECK(vectors == 1 || t.stride(2) == head_dim, op, arg, "its last two dimensions contiguous",
             text("stride ", t.stride(2)));
-  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), vectors, mode};
+  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), vectors, mode, dtype};
 }
 
 // The pages that were read, one list a (sequence, KV head), as select_pages gives them.

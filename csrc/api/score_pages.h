@@ -6,6 +6,7 @@
 
 #include "api/append_kv.h"
 #include "api/checks.h"
+#include "api/name.h"
 
 namespace lil {
 
@@ -20,9 +21,8 @@ ScorePagesParams score_pages_params(const char* op, const Tensor& q, const Tenso
   check_head_dim(head_dim, op, "q");
   check_last_contiguous(q, op, "q");
   check_aligned(q, op, "q", Backend::kAlignment);
-  const Summary summaries = make_summary(summary, q, op, -1, -1, head_dim, summary.scalar_type(), mode);
+  const Summary summaries = make_summary(summary, q, op, -1, -1, head_dim, mode);
   const int64_t num_pages = summary.size(0), kv_heads = summary.size(1);
-  const DType summary_dtype = check_stored_dtype(summary, op, "summary");
   LIL_CHECK(kv_heads > 0 && q_heads > 0 && q_heads % kv_heads == 0, op, "q",
             text("q_heads a multiple of kv_heads = ", kv_heads), text(q_heads));
   check_aligned(summary, op, "summary", Backend::kAlignment);
@@ -35,7 +35,6 @@ ScorePagesParams score_pages_params(const char* op, const Tensor& q, const Tenso
   params.q_stride_b = q.stride(0);
   params.q_stride_h = q.stride(1);
   params.q_dtype = q_dtype;
-  params.summary_dtype = summary_dtype;
   params.summary = summaries;
   params.k_scale = make_scale(k_scale, summary, op, "k_scale", num_pages, kv_heads);
   params.num_pages = num_pages;
@@ -52,7 +51,7 @@ ScorePagesParams score_pages_params(const char* op, const Tensor& q, const Tenso
 
 template <class Backend>
 Tensor score_pages(const Tensor& q, const Tensor& summary, const Tensor& page_table, const Tensor& seq_lens,
-                   int64_t page_size, std::optional<double> scale, const std::string& mode,
+                   int64_t page_size, std::optional<double> scale, const Name& mode,
                    const std::optional<Tensor>& k_scale) {
   const char* op = "score_pages";
   ScorePagesParams params = score_pages_params<Backend>(op, q, summary, page_table, seq_lens, page_size, scale,

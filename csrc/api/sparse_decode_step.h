@@ -4,6 +4,7 @@
 
 #include "api/append_kv.h"
 #include "api/information_loss.h"
+#include "api/name.h"
 #include "api/score_pages.h"
 #include "api/select_pages.h"
 #include "api/sparse_decode.h"
@@ -49,8 +50,7 @@ std::tuple<Tensor, Tensor> sparse_decode_step(const Tensor& q, const Tensor& k, 
                                               Tensor v_cache, Tensor summary, const Tensor& page_table,
                                               const Tensor& seq_lens, int64_t budget, int64_t sink, int64_t recent,
                                               const std::optional<Tensor>& protected_lens, std::optional<double> scale,
-                                              double softcap, const std::string& mode,
-                                              const std::optional<Tensor>& k_scale,
+                                              double softcap, const Name& mode, const std::optional<Tensor>& k_scale,
                                               const std::optional<Tensor>& v_scale, std::optional<Tensor> loss) {
   const char* op = "sparse_decode_step";
   std::optional<Tensor> summaries = summary;

@@ -16,6 +16,7 @@ void append_kv(const AppendKvParams& p, const Tensor&) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t first = p.cu_seqlens ? p.cu_seqlens[b] : b, last = p.cu_seqlens ? p.cu_seqlens[b + 1] : b + 1;
     const int64_t length = p.seq_lens[b];
+    if (!p.cu_seqlens && length == 0) continue;  // takes no part
     LIL_CHECK(first >= 0 && first <= last && last <= p.tokens, op, "cu_seqlens",
               text("ascending offsets into ", p.tokens, " tokens at sequence ", b), text(first, " and ", last));
     LIL_CHECK(last - first <= length, op, "seq_lens",

@@ -24,6 +24,7 @@ void evict_pages(const EvictPagesParams& p, const Tensor&) {
   const char* op = "evict_pages";
   check_seq_lens(op, p.seq_lens, p.batch, p.max_tokens);
   for (int64_t b = 0; b < p.batch; ++b) {
+    if (p.seq_lens[b] == 0) continue;  // takes no part
     for (int64_t s = 0; p.slot_pages && s < p.capacity; ++s) {
       const int32_t page = p.slot_pages[b * p.capacity + s];
       LIL_CHECK(page >= 0, op, "slot_pages", text("a page for slot ", s, " of sequence ", b), text(page));

@@ -17,7 +17,7 @@ __device__ int32_t sequence_of(const int32_t* cu_seqlens, int32_t batch, int32_t
   return low;
 }
 
-template <class T>
+template <class T, class S>
 __global__ void append_kv_kernel(const __grid_constant__ AppendKvParams p, ErrorWord* errors) {
   wait_for_previous();
   let_next_start();
@@ -36,7 +36,7 @@ __global__ void append_kv_kernel(const __grid_constant__ AppendKvParams p, Error
   const int32_t first = p.cu_seqlens ? p.cu_seqlens[b] : row, last = p.cu_seqlens ? p.cu_seqlens[b + 1] : row + 1;
   if (first < 0 || row < first || row >= last || last > p.tokens) return;
   Finding finding;
-  append_token<T>(p, row, b, blockIdx.y, first, last, finding);
+  append_token<T, S>(p, row, b, blockIdx.y, first, last, finding);
   finding.report(errors, Op::kAppendKv, b);
 }
 
@@ -46,8 +46,10 @@ void append_kv(const AppendKvParams& p, const Tensor& on) {
   if (p.tokens == 0 || p.cache.kv_heads == 0) return;
   const Launch launch(on);
   const dim3 grid((p.tokens + kWarps - 1) / kWarps, p.cache.kv_heads);
-  with_dtype(p.cache.dtype,
-             [&]<class T>(const T*) { launch(append_kv_kernel<T>, grid, 32 * kWarps, 0, 1, p, error_word()); });
+  with_dtype(p.cache.dtype, [&]<class T>(const T*) {
+    const auto kernel = p.summary.dtype == DType::kFloat8E4M3 ? append_kv_kernel<T, Float8> : append_kv_kernel<T, T>;
+    launch(kernel, grid, 32 * kWarps, 0, 1, p, error_word());
+  });
 }
 
 }  // namespace lil::cuda

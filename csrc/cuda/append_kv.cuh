@@ -8,17 +8,17 @@
 
 namespace lil::cuda {
 
-// Elements of a row that a lane takes at a time: 16 bytes, or four of float8, so that a row of 128 keeps all lanes
-// busy.
-template <class T>
+// Elements of a row that a lane takes at a time: 16 bytes; or four where the summary is float8, so that a row of 128
+// keeps all lanes busy.
+template <class T, class S>
 struct AppendVector {
-  using type = std::conditional_t<kIsFloat8<T>, uint32_t, uint4>;
-  static constexpr int kElements = sizeof(type) / sizeof(T);
+  static constexpr int kElements = kIsFloat8<S> ? 4 : 16 / sizeof(T), kBytes = kElements * sizeof(T);
+  using type = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
 };
 
 // The elements at `at` of k or v as they are stored: the same, or float8 of value / scale.
-template <class T>
-__device__ inline typename AppendVector<T>::type new_vector(const void* data, DType dtype, int64_t at, float scale) {
+template <class T, class Vector>
+__device__ inline Vector new_vector(const void* data, DType dtype, int64_t at, float scale) {
   if constexpr (kIsFloat8<T>) {
     uint32_t packed = 0;
 #pragma unroll
@@ -27,15 +27,16 @@ __device__ inline typename AppendVector<T>::type new_vector(const void* data, DT
     }
     return packed;
   } else {
-    return *reinterpret_cast<const uint4*>(static_cast<const T*>(data) + at);
+    return *reinterpret_cast<const Vector*>(static_cast<const T*>(data) + at);
   }
 }
 
-// A page's summary, one vector of elements at a time: `add` every row, then `store` both vectors.
-template <class T>
+// A page's summary, one vector of elements at a time: `add` every row, then `store` both vectors. Bounds that the
+// summary cannot hold exactly, which only float8 has, are rounded to the outside.
+template <class T, class S>
 struct SummaryBuilder {
-  using Vector = typename AppendVector<T>::type;
-  static constexpr int kElements = AppendVector<T>::kElements;
+  using Vector = typename AppendVector<T, S>::type;
+  static constexpr int kElements = AppendVector<T, S>::kElements;
 
   SummaryMode mode;
   Vector low, high;
@@ -65,29 +66,40 @@ struct SummaryBuilder {
     }
   }
 
-  __device__ void store(T* summary, int32_t head_dim) {
-    if (mode == SummaryMode::kMeanStd) {
+  __device__ void store(S* summary, int32_t head_dim) {
+    constexpr bool kSame = std::is_same_v<T, S>;
+    using Row = typename AppendVector<S, S>::type;
+    Row rows[2];
+    if constexpr (kSame) {
+      rows[0] = low;
+      rows[1] = high;
+    }
+    S *const first_row = reinterpret_cast<S*>(&rows[0]), *const second_row = reinterpret_cast<S*>(&rows[1]);
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) {
+    for (int i = 0; i < kElements; ++i) {
+      if (mode == SummaryMode::kMeanStd) {
         const float mean = sum[i] / count;
-        reinterpret_cast<T*>(&low)[i] = from_float<T>(first[i] + mean);
-        reinterpret_cast<T*>(&high)[i] = from_float<T>(sqrtf(max_nan(0, squares[i] / count - mean * mean)));
+        first_row[i] = from_float<S>(first[i] + mean);
+        second_row[i] = from_float<S>(sqrtf(max_nan(0, squares[i] / count - mean * mean)));
+      } else if constexpr (!kSame) {
+        first_row[i] = float8_bound(to_float(reinterpret_cast<const T*>(&low)[i]), false);
+        second_row[i] = float8_bound(to_float(reinterpret_cast<const T*>(&high)[i]), true);
       }
     }
-    *reinterpret_cast<Vector*>(summary) = low;
-    *reinterpret_cast<Vector*>(summary + head_dim) = high;
+    *reinterpret_cast<Row*>(summary) = rows[0];
+    *reinterpret_cast<Row*>(summary + head_dim) = rows[1];
   }
 };
 
-// Tokens [first, last) of k and v are sequence b's; `row` is one of them.
-template <class T>
+// Tokens [first, last) of k and v are sequence b's; `row` is one of them. The cache stores T, its summaries S.
+template <class T, class S>
 __device__ void append_token(const AppendKvParams& p, int32_t row, int32_t b, int32_t h, int32_t first, int32_t last,
                              Finding& finding) {
-  using Vector = typename AppendVector<T>::type;
-  constexpr int kElements = AppendVector<T>::kElements;
+  using Vector = typename AppendVector<T, S>::type;
+  constexpr int kElements = AppendVector<T, S>::kElements;
   const PageSize page_size(p.cache.page_size);
   const int32_t length = checked_length(finding, p.seq_lens, b, p.pages.max_pages << page_size.shift);
-  if (finding.wrong != Wrong::kNothing) return;
+  if (finding.wrong != Wrong::kNothing || (!p.cu_seqlens && length == 0)) return;
   finding.note(last - first > length, Wrong::kSeqLensShort, length, last - first);
   if (last - first > length) return;
   const int32_t given = p.slots ? p.slots[b * p.cache.kv_heads + h] : -1;
@@ -111,7 +123,7 @@ __device__ void append_token(const AppendKvParams& p, int32_t row, int32_t b, in
 #pragma unroll 1
   for (int32_t i = threadIdx.x % 32 * kElements; i < head_dim; i += 32 * kElements) {
     const auto new_key = [&](int32_t r) {
-      return new_vector<T>(p.k, p.k_dtype, r * p.k_stride_token + h * p.k_stride_head + i, k_scale);
+      return new_vector<T, Vector>(p.k, p.k_dtype, r * p.k_stride_token + h * p.k_stride_head + i, k_scale);
     };
     const auto old_key = [&](int32_t s) {
       return *reinterpret_cast<const Vector*>(k_page + s * p.cache.k.stride_token + i);
@@ -119,9 +131,9 @@ __device__ void append_token(const AppendKvParams& p, int32_t row, int32_t b, in
     const Vector key = new_key(row);
     *reinterpret_cast<Vector*>(k_page + slot * p.cache.k.stride_token + i) = key;
     *reinterpret_cast<Vector*>(v_page + slot * p.cache.v.stride_token + i) =
-        new_vector<T>(p.v, p.k_dtype, row * p.v_stride_token + h * p.v_stride_head + i, v_scale);
+        new_vector<T, Vector>(p.v, p.k_dtype, row * p.v_stride_token + h * p.v_stride_head + i, v_scale);
     if (!closes) continue;
-    SummaryBuilder<T> builder(p.summary.mode, key);
+    SummaryBuilder<T, S> builder(p.summary.mode, key);
     constexpr int kBatch = 8;  // rows asked for before any is looked at
     // Old slots lie before this call's, and behind the one that is given.
     const int32_t before = slot - in_page, valid = min(page_size.first(1), length - (position - slot));
@@ -141,7 +153,7 @@ __device__ void append_token(const AppendKvParams& p, int32_t row, int32_t b, in
     }
 #pragma unroll 2
     for (int32_t s = 1; s <= in_page; ++s) builder.add(new_key(row - s));
-    T* const summary = static_cast<T*>(p.summary.data) + physical * p.summary.stride_page + h * p.summary.stride_head;
+    S* const summary = static_cast<S*>(p.summary.data) + physical * p.summary.stride_page + h * p.summary.stride_head;
     builder.store(summary + i, head_dim);
   }
 }

@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int32_t s = first + i * kThreads, page = batch.page[i];
-      finding.note(page < -1 || page > eviction.newest(), Wrong::kHeld, page, eviction.newest());
+      const bool wrong = page < -1 || page > eviction.newest();
+      finding.note(wrong && eviction.newest() >= 0, Wrong::kHeld, page, eviction.newest());
       if (s < capacity) mine.take_if_less(eviction.key(page, batch.priority[i]), s);
     }
     first += kBatch * kThreads;

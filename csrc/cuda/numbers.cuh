@@ -56,6 +56,14 @@ __device__ inline T from_float(float x) {
   }
 }
 
+// The float8 value that is not below x, or not above it; NaN where there is none.
+__device__ inline Float8 float8_bound(float x, bool above) {
+  Float8 y(x);  // the nearest, saturated: what is on the wrong side goes one on, which behind +-448 is NaN
+  const float got = to_float(y);
+  if (above ? got < x : got > x) y.__x += (x > 0) == above ? 1 : -1;
+  return y;
+}
+
 // Two float8 values, as halves.
 __device__ inline uint32_t widen_pair(uint32_t x) {
   const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(x), __NV_E4M3);
@@ -195,12 +203,20 @@ __device__ inline uint4 min_vector(uint4 a, uint4 b) {
   return {min_word<T>(a.x, b.x), min_word<T>(a.y, b.y), min_word<T>(a.z, b.z), min_word<T>(a.w, b.w)};
 }
 template <class T>
+__device__ inline uint2 min_vector(uint2 a, uint2 b) {
+  return {min_word<T>(a.x, b.x), min_word<T>(a.y, b.y)};
+}
+template <class T>
 __device__ inline uint32_t min_vector(uint32_t a, uint32_t b) {
   return min_word<T>(a, b);
 }
 template <class T>
 __device__ inline uint32_t max_vector(uint32_t a, uint32_t b) {
   return max_word<T>(a, b);
+}
+template <class T>
+__device__ inline uint2 max_vector(uint2 a, uint2 b) {
+  return {max_word<T>(a.x, b.x), max_word<T>(a.y, b.y)};
 }
 template <class T>
 __device__ inline uint4 max_vector(uint4 a, uint4 b) {

@@ -4,6 +4,7 @@
 #include "api/append_kv.h"
 #include "api/compact_kv.h"
 #include "api/evict_pages.h"
+#include "api/fold_mass.h"
 #include "api/guardian_check.h"
 #include "api/information_loss.h"
 #include "api/key_redundancy.h"
@@ -23,6 +24,7 @@ STABLE_TORCH_LIBRARY_IMPL(lil, CUDA, m) {
   m.impl("information_loss", TORCH_BOX(&lil::information_loss<Backend>));
   m.impl("sparse_decode_step", TORCH_BOX(&lil::sparse_decode_step<Backend>));
   m.impl("evict_pages", TORCH_BOX(&lil::evict_pages<Backend>));
+  m.impl("fold_mass", TORCH_BOX(&lil::fold_mass<Backend>));
   m.impl("compact_kv", TORCH_BOX(&lil::compact_kv<Backend>));
   m.impl("key_redundancy", TORCH_BOX(&lil::key_redundancy<Backend>));
   m.impl("lz77_append", TORCH_BOX(&lil::lz77_append<Backend>));

@@ -17,7 +17,7 @@ void score_representatives(const ScorePagesParams& p, const Tensor& on) {
   const Launch launch(on);
   const ScoreGrid grid(p, false, kRepresentativeTile);
   const size_t shared = p.summary.vectors * p.head_dim * sizeof(float);  // 16 KB at most
-  with_dtype(p.summary_dtype, [&]<class T>(const T*) {
+  with_dtype(p.summary.dtype, [&]<class T>(const T*) {
     launch(score_pages_representative<T>, grid.blocks, kScoreThreads, shared, 1, p, grid.tiles_per_warp, error_word());
   });
 }
@@ -28,8 +28,8 @@ void append_and_score(const AppendKvParams& append, const ScorePagesParams& p, c
   const Launch launch(on);
   const int64_t blocks = (p.group + kScoreHeads - 1) / kScoreHeads;
   const bool mma =
-      p.q_dtype != DType::kFloat32 && (p.q_dtype == p.summary_dtype || p.summary_dtype == DType::kFloat8E4M3);
-  with_dtype(p.summary_dtype, [&]<class T>(const T*) {
+      p.q_dtype != DType::kFloat32 && (p.q_dtype == p.summary.dtype || p.summary.dtype == DType::kFloat8E4M3);
+  with_dtype(p.summary.dtype, [&]<class T>(const T*) {
     if constexpr (!std::is_same_v<T, float>) {
       bool started = false;
       with_head_dim(p.head_dim, [&]<class D>(D) {

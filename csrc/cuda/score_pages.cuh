@@ -32,16 +32,31 @@ struct ScoreGrid {
   }
 };
 
-// Whether this block's part is to append one token of sequence b. The page it changes is being scored by another block
-// meanwhile; that score is never looked at, for the page of the newest token is always read.
+// Appends one token of sequence b. A float8 summary S may be that of any cache.
+template <class S>
+__device__ inline void append_newest(const AppendKvParams& append, int32_t b, int32_t h, ErrorWord* errors) {
+  Finding finding;
+  const DType stored = kIsFloat8<S> ? append.cache.dtype : DType::kFloat8E4M3;
+  if (stored == DType::kFloat8E4M3) {
+    append_token<S, S>(append, b, b, h, b, b + 1, finding);
+  } else if constexpr (kIsFloat8<S>) {
+    if (stored == DType::kBFloat16) {
+      append_token<__nv_bfloat16, S>(append, b, b, h, b, b + 1, finding);
+    } else if (stored == DType::kFloat16) {
+      append_token<__half, S>(append, b, b, h, b, b + 1, finding);
+    } else {
+      append_token<float, S>(append, b, b, h, b, b + 1, finding);
+    }
+  }
+  finding.report(errors, Op::kAppendKv, b);
+}
+
+// Whether this block's part is to append. The page it changes is being scored by another block meanwhile; that score is
+// never looked at, for the page of the newest token is always read.
 template <class T>
 __device__ bool appends(const AppendKvParams& append, int32_t b, int32_t h, ErrorWord* errors) {
   if (append.k == nullptr || blockIdx.y > 0) return false;
-  if (threadIdx.x < 32) {
-    Finding finding;
-    append_token<T>(append, b, b, h, b, b + 1, finding);
-    finding.report(errors, Op::kAppendKv, b);
-  }
+  if (threadIdx.x < 32) append_newest<T>(append, b, h, errors);
   return true;
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from typing import TYPE_CHECKING
@@ -30,11 +31,43 @@ def make_guardian(wanted: bool, options: dict) -> Guardian | None:
     from lil_ops import Guardian
 
     if not wanted and options:
-        raise UserError(f"--{next(iter(options))} needs --guardian")
+        raise UserError(f"--{next(iter(options)).replace('_', '-')} needs --guardian")
     if options.get("unit") == "bits" and "threshold" not in options:
         raise UserError("--unit bits needs --threshold: the default is in phrases")
     with user_errors(ValueError):
         return Guardian(**options) if wanted else None
+
+
+def read_policy_options(budget: str | None, further: list[str]) -> dict:
+    """``--budget`` and each ``--policy-option NAME=VALUE`` as options of a policy."""
+    options = {}
+    if budget is not None:
+        entries = [_value(entry) for entry in budget.split(",")]
+        if not all(isinstance(entry, (int, float)) for entry in entries):
+            raise UserError(f"--budget: expected a number of tokens, a share, or a list of these, got {budget!r}")
+        options["budget"] = entries[0] if len(entries) == 1 else entries
+    for one in further:
+        name, equals, value = one.partition("=")
+        if not (name and equals and value):
+            raise UserError(f"--policy-option: expected NAME=VALUE, got {one!r}")
+        options[name.replace("-", "_")] = _value(value)
+    return options
+
+
+def _value(text: str) -> object:
+    """What the text means as a Python literal, or else the text."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text
+
+
+def check_action(action: str, guardian: bool, answer_text: str | None) -> None:
+    """Whether the action has a rule to follow, and the text an answer."""
+    if action != "stop" and not guardian:
+        raise UserError(f"--action {action} needs --guardian")
+    if answer_text is not None and action != "answer":
+        raise UserError("--answer-text needs --action answer")
 
 
 def check_decoding(policy: str, policy_options: dict, page_size: int, temperature: float, top_k: int, top_p: float):
@@ -45,9 +78,12 @@ def check_decoding(policy: str, policy_options: dict, page_size: int, temperatur
 
     with user_errors(ValueError):
         check_sampling(temperature, top_k, top_p)
-        # The smallest cache knows which page sizes there are and which budgets fit them.
+        # The smallest cache knows which page sizes there are and which budgets fit them. What a share or a list comes
+        # to is for the model to say.
         cache = PagedKVCache(num_layers=1, kv_heads=1, head_dim=1, batch=1, max_tokens=1, page_size=page_size)
-        policies.get(policy, **policy_options).begin(cache, [])
+        made = policies.get(policy, **policy_options)
+        if not isinstance(policy_options.get("budget"), (float, list)):
+            made.begin(cache, [])
 
 
 def check_device(name: str) -> None:

@@ -121,7 +121,10 @@ def legend(run: Run, options: dict, prompt_tokens: int) -> Text:
         values = (f"{name.replace('_', ' ')} {value}" for name, value in run.policy_options.items())
         facts.append(f"{run.policy}: {', '.join(values)}")
     if guardian := run.guardian:
-        facts.append(f"Guardian: at least {guardian.threshold:g} {guardian.unit} in {guardian.interval} tokens")
+        net = ", what was lost taken off" if guardian.loss_aware else ""
+        facts.append(f"Guardian: at least {guardian.threshold:g} {guardian.unit} in {guardian.interval} tokens{net}")
+        if options.get("action", "stop") != "stop":
+            facts.append(f"then {options['action']}")
     columns = "TTFT: time to first token. TBT: between tokens. JCT: in all. LZ77: phrases per token."
     return Text("; ".join(facts) + "\n" + columns, style="dim")
 

@@ -10,12 +10,12 @@ from typing import Annotated, Literal
 import typer
 
 from lil_ops.cli import checks, session
-from lil_ops.cli.runs import Decoder, Outcome, plan
+from lil_ops.cli.runs import Decoder, Outcome, make_action, plan
 from lil_ops.cli.text import Detokenizer
 
 POLICY, STOP, GENERATION, MODEL, OUTPUT = "Policy", "Early stop", "Generation", "Model and machine", "Output"
-POLICY_OPTIONS = ("budget", "sink", "recent", "protect_prompt", "dense_layers", "scoring")
-GUARDIAN_OPTIONS = ("interval", "threshold", "unit")
+POLICY_OPTIONS = ("sink", "recent", "protect_prompt", "dense_layers", "scoring", "summary_dtype")
+GUARDIAN_OPTIONS = ("interval", "threshold", "unit", "loss_aware")
 LOOP_OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "page_size")
 
 
@@ -38,11 +38,19 @@ def generate(
         str,
         _option(
             POLICY,
-            "What a step reads: full, sink, h2o, quest, infllm, raas, snapkv, tova or lessismore (lil-ops policies).",
+            "full, sink, h2o, quest, infllm, raas, snapkv, tova, rkv or lessismore: see lil-ops policies.",
             show_default=True,
         ),
     ] = "full",
-    budget: Annotated[int | None, _option(POLICY, "Tokens a KV head may read, all included.")] = None,
+    budget: Annotated[
+        str | None,
+        _option(
+            POLICY,
+            "Tokens a KV head may read, all included: a number; a share (0.25) of prompt and output; or a list of "
+            "these, one for each layer (64,64,0.5,...).",
+            metavar="TOKENS",
+        ),
+    ] = None,
     sink: Annotated[int | None, _option(POLICY, "Tokens at the start that are always read.")] = None,
     recent: Annotated[int | None, _option(POLICY, "Tokens at the end that are always read.")] = None,
     protect_prompt: Annotated[bool | None, _option(POLICY, "Whether the whole prompt is always read.")] = None,
@@ -50,6 +58,14 @@ def generate(
     scoring: Annotated[
         Literal["minmax", "meanstd"] | None,
         _option(POLICY, "Quest: bound a page's logits, or estimate its mass.", show_default="minmax"),
+    ] = None,
+    summary_dtype: Annotated[
+        Literal["float8"] | None,
+        _option(POLICY, "Quest: what page summaries are stored as.", show_default="as the KV cache"),
+    ] = None,
+    policy_option: Annotated[
+        list[str] | None,
+        _option(POLICY, "One that only this policy has, such as buffer=64 for rkv; repeatable.", metavar="NAME=VALUE"),
     ] = None,
     guardian: Annotated[
         bool, _option(STOP, "Stop when the output carries almost no new information.", show_default=True)
@@ -59,6 +75,19 @@ def generate(
     unit: Annotated[
         Literal["phrases", "bits"] | None, _option(STOP, "What the threshold counts.", show_default="phrases")
     ] = None,
+    loss_aware: Annotated[
+        bool | None, _option(STOP, "Weigh what sparse attention lost against the growth.", "--loss-aware")
+    ] = None,
+    action: Annotated[
+        Literal["stop", "answer", "rescue"],
+        _option(
+            STOP, "End; close the thinking and answer; or read everything for one interval first.", show_default=True
+        ),
+    ] = "stop",
+    answer_text: Annotated[
+        str | None, _option(STOP, "What closes the thinking.", show_default="</think>, where the template has it")
+    ] = None,
+    answer_tokens: Annotated[int, _option(STOP, "The most tokens of an answer.", show_default=True, min=1)] = 256,
     max_new_tokens: Annotated[int, _option(GENERATION, "The most tokens to generate.", show_default=True, min=1)] = 256,
     ignore_eos: Annotated[bool, _option(GENERATION, "Go on after an end-of-sequence token.", "--ignore-eos")] = False,
     temperature: Annotated[float, _option(GENERATION, "0 is greedy.", show_default=True)] = 0.0,
@@ -93,9 +122,13 @@ def generate(
     options = {name: value for name, value in context.params.items() if name not in ("prompt", "as_json", "verbose")}
     given = {name: value for name, value in options.items() if value is not None}
     policy_options = {name: given[name] for name in POLICY_OPTIONS if name in given}
+    read = checks.read_policy_options(given.get("budget"), given.get("policy_option") or [])
+    options["budget"] = read.get("budget")
+    policy_options |= read
     loop_options = {name: options[name] for name in LOOP_OPTIONS} | ({"eos_token_id": ()} if ignore_eos else {})
     prompt = checks.read_prompt(prompt)
     early_stop = checks.make_guardian(guardian, {name: given[name] for name in GUARDIAN_OPTIONS if name in given})
+    checks.check_action(action, guardian, answer_text)
     checks.check_decoding(policy, policy_options, page_size, temperature, top_k, top_p)
     checks.check_device(device)
 
@@ -110,7 +143,9 @@ def generate(
             network, tokenizer = session.load(model, dtype, device, threads)
             options["dtype"] = str(network.dtype).removeprefix("torch.")
             prompt_ids = session.encode(tokenizer, prompt, chat)
-            decoder = Decoder(network, prompt_ids, loop_options)
+            decoder = Decoder(
+                network, prompt_ids, loop_options, make_action(action, tokenizer, answer_text, answer_tokens)
+            )
             decoder.warm_up(chosen)
         # The run that was asked for goes first: its text is what the user waits for.
         for run in (chosen, *runs[:-1]):

@@ -28,10 +28,11 @@ def document(
         versions: `lil_ops.build_info`. interrupted: whether Ctrl-C ended the command.
         runs: one object for each finished run, and for the one that was interrupted:
             name: as in the table. policy: name. policy_options: those given. guardian: null, or its interval,
-            threshold and unit. tokens: the new ids. text: theirs, without special tokens.
+            threshold, unit, loss_aware and loss_weight. tokens: the new ids. text: theirs, without special tokens.
             stop_reason: eos, length, guardian or interrupted.
             ttft_s, tbt_s, jct_s: seconds to the first token, between tokens (mean), in all.
             kv_bytes_peak: the most cache bytes in use. phrases: LZ77 size of ``tokens``. ratio: phrases a token.
+            events: what the Guardian brought about, as [tokens so far, "answer", "rescue" or "recovered"].
             lz77_curve: element i is the LZ77 size of the first i + 1 tokens.
     """
     from lil_ops import build_info
@@ -63,5 +64,6 @@ def _run(outcome: Outcome, tokenizer: PreTrainedTokenizerBase) -> dict:
         "kv_bytes_peak": result.kv_bytes_peak,
         "phrases": result.phrases[0],
         "ratio": result.ratio[0],
+        "events": [list(event) for event in result.events[0]],
         "lz77_curve": result.lz77[0].tolist(),
     }

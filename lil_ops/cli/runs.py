@@ -10,6 +10,7 @@ from lil_ops.cli.errors import UserError, user_errors
 
 if TYPE_CHECKING:
     from lil_ops import DecodeLoop, Guardian
+    from lil_ops.actions import Action
     from lil_ops.result import GenerationResult, StepEvent
 
 
@@ -57,11 +58,22 @@ def plan(policy: str, policy_options: dict, guardian: Guardian | None, compare: 
     return list({run.name: run for run in runs}.values())
 
 
-class Decoder:
-    """Decodes one prompt on one model, with the same `DecodeLoop` options in every run."""
+def make_action(name: str, tokenizer, answer_text: str | None, answer_tokens: int) -> Action | None:
+    """What the Guardian brings about. `UserError` where nothing says how to close the thinking."""
+    from lil_ops import Answer, Rescue
 
-    def __init__(self, model, prompt_ids: list[int], loop_options: dict):
-        self._model, self._prompt_ids, self._options = model, prompt_ids, loop_options
+    with user_errors(ValueError):
+        if name == "answer":
+            return Answer.from_tokenizer(tokenizer, answer_text, answer_tokens)
+    return Rescue() if name == "rescue" else None
+
+
+class Decoder:
+    """Decodes one prompt on one model, with the same `DecodeLoop` options in every run; ``action`` in those that have a
+    Guardian."""
+
+    def __init__(self, model, prompt_ids: list[int], loop_options: dict, action: Action | None = None):
+        self._model, self._prompt_ids, self._options, self._action = model, prompt_ids, loop_options, action
 
     def warm_up(self, run: Run) -> None:
         """Two tokens that nobody sees: first-run costs (thread pools, code and weights paged in) are in no row's TTFT.
@@ -94,6 +106,7 @@ class Decoder:
                     [self._prompt_ids],
                     policy=run.policy,
                     guardian=run.guardian,
+                    action=self._action if run.guardian else None,
                     **run.policy_options,
                     **options,
                 )

@@ -13,6 +13,8 @@ there are the queries and the padding mask at hand that appending (no padding) a
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -78,9 +80,15 @@ class LilCache(Cache):
     Args:
         model: see `attach`. policy: name or `Policy`; ``policy_options`` (budget=..., sink=..., ...) go to it.
         batch: sequences. max_tokens: tokens a sequence may hold, prompt and generated. page_size: tokens.
+        num_pages: size of the cache's pools; default: every sequence full.
 
-    Attributes: ``kv`` the `PagedKVCache`, ``policy``, ``shape`` the `ModelShape`, and ``rows``, the cache rows that the
-    next forward pass serves in the order of its batch (set by a caller who serves a part; all by default).
+    Attributes: ``kv`` the `PagedKVCache`, ``policy``, ``shape`` the `ModelShape`; ``rows``, the cache rows that the
+    next forward pass serves in the order of its batch (set by a caller who serves a part; all by default);
+    ``raised`` ``[batch]`` bool or None, rows that read more than the policy's budget, ``raised_budget`` tokens, or
+    where that is None everything (for policies that hold everything); ``lost_bits`` ``[batch]`` float32, once
+    `watch_loss` was called: what attention lost in the last step of one token a sequence, in bits. A query head that
+    misses a share p of its softmax mass reads a distribution that is ``-log2(1 - p)`` bits (Kullback-Leibler) from the
+    true one; this is the mean over all heads and layers.
 
     Raises ValueError for a model, policy or option that cannot be served, before anything is allocated; in a forward
     pass for a batch of another size, and what `PagedKVCache.begin_step` raises.
@@ -94,6 +102,7 @@ class LilCache(Cache):
         batch: int = 1,
         max_tokens: int,
         page_size: int = 16,
+        num_pages: int | None = None,
         **policy_options,
     ):
         self.policy = policies.get(policy, **policy_options)
@@ -110,23 +119,46 @@ class LilCache(Cache):
             batch=batch,
             max_tokens=max_tokens,
             page_size=page_size,
+            num_pages=num_pages,
             dtype=model.dtype,
             device=model.device,
             summary_mode=self.policy.summary_mode,
             vectors=self.policy.vectors,
+            summary_dtype=self.policy.summary_dtype,
             rooms=[room if managed else ALL for room, managed in zip(rooms, self._managed, strict=True)],
         )
         self.rows = list(range(batch))
+        self.raised: torch.Tensor | None = None
+        self.raised_budget: int | None = None
+        self.lost_bits: torch.Tensor | None = None
         self._begun = self._in_prompt = False
         self._config = model.config
         # The layer whose keys attention has yet to read, and the one that is to come next.
         self._unread: int | None = None
         self._next = 0
+        self._on_device = False
 
     def begin(self, prompt_lens: list[int]) -> None:
         """Start the policy for prompts of these lengths (tokens). The first forward pass does it where nobody has."""
         self.policy.begin(self.kv, prompt_lens)
         self._begun = True
+
+    @contextmanager
+    def on_device_steps(self) -> Iterator[None]:
+        """In this block, forward passes are of one token in every row, on steps that `DeviceSteps` has installed."""
+        self.rows, self._on_device = list(range(self.kv.batch)), True
+        try:
+            yield
+        finally:
+            self._on_device = False
+
+    def watch_loss(self) -> None:
+        """Compute ``lost_bits`` from now on. Raises ValueError for a policy whose loss is not known."""
+        if not self.policy.tells_loss:
+            raise ValueError(
+                f"LilCache: policy {self.policy.name} cannot tell its information loss; quest and full can"
+            )
+        self.lost_bits = torch.zeros(self.kv.batch, device=self.kv.device)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -204,6 +236,11 @@ class LilCache(Cache):
     def _begin_step(self, key: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Open the step that all layers share: find the real tokens, map pages for them, start the policy."""
         batch, _, tokens, _ = key.shape
+        if self.lost_bits is not None:
+            self.lost_bits.zero_()
+        if self._on_device:
+            self._was_empty, self._valid = False, None
+            return
         if batch != len(self.rows):
             raise ValueError(f"LilCache: batch: expected {len(self.rows)} sequences, got {batch}")
         self._valid, counts = None, [tokens] * batch
@@ -249,18 +286,18 @@ class LilCache(Cache):
         selection, mass = None, {}
         if managed:
             page_table, seq_lens = policy.write(layer, k, v, kv)
-            selection = policy.select(layer, q, kv, scale)
+            selection = self._with_raised(layer, policy.select(layer, q, kv, scale))
             mass = self._room_for_mass(layer, q, page_table, selection)
         else:
             kv.append(layer, k, v)
             page_table, seq_lens = kv.step_of(layer).page_table, kv.step_of(layer).seq_lens
-        out, _ = ops.sparse_decode(
+        out, lse = ops.sparse_decode(
             q,
             kv.k[layer],
             kv.v[layer],
             page_table,
             seq_lens,
-            *(selection or ()),
+            *(selection[:2] if selection else ()),
             scale=scale,
             window=window or 0,
             softcap=softcap or 0.0,
@@ -268,7 +305,43 @@ class LilCache(Cache):
         )
         if mass:
             policy.observe(layer, *mass.values(), selection, kv)
+        if self.lost_bits is not None and selection is not None:
+            self._add_loss(layer, lse, selection, softcap or 0.0)
         return out
+
+    def _add_loss(self, layer: int, lse: torch.Tensor, selection: Selection, softcap: float) -> None:
+        step = self.kv.step_of(layer)
+        pages, counts, scores = selection
+        loss = ops.information_loss(lse, scores, step.seq_lens, self.kv.page_size, pages, counts, softcap=softcap)
+        bits = step.take(self.lost_bits)
+        # A share of 1 in float32 is one of at least 1 - 2**-25.
+        bits -= torch.log2(1 - loss.clamp(max=1 - 2**-24)).mean(1) / self.shape.num_layers
+        step.put(self.lost_bits, bits)
+
+    def _with_raised(self, layer: int, selection: Selection | None) -> Selection | None:
+        """The selection, in which the rows of ``raised`` have more."""
+        if selection is None or self.raised is None:
+            return selection
+        step, size, (pages, counts, scores) = self.kv.step_of(layer), self.kv.page_size, selection
+        capacity = step.page_table.shape[-1]
+        if self.raised_budget is None:
+            more = torch.arange(capacity, dtype=torch.int32, device=pages.device).expand(*pages.shape[:2], -1)
+            more_counts = (step.seq_lens + size - 1).div(size, rounding_mode="floor")[:, None].expand_as(counts)
+        else:
+            more, more_counts = ops.select_pages(
+                scores,
+                step.seq_lens,
+                size,
+                max(self.raised_budget, self.policy.budget_of(layer)),
+                sink=self.policy.sink,
+                recent=self.policy.recent_of(layer),
+                protected_lens=self.policy.protected_lens(self.kv, layer),
+            )
+        which = step.take(self.raised)[:, None]
+        pages, more = (F.pad(some, (0, capacity - some.shape[-1]), value=-1) for some in (pages, more))
+        return Selection(
+            torch.where(which[..., None], more, pages), torch.where(which, more_counts, counts).int(), scores
+        )
 
     def _room_for_mass(
         self, layer: int, q: torch.Tensor, page_table: torch.Tensor, selection: Selection | None

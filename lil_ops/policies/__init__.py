@@ -12,13 +12,14 @@ from lil_ops.policies.infllm import InfLLM
 from lil_ops.policies.lessismore import LessIsMore
 from lil_ops.policies.quest import Quest
 from lil_ops.policies.raas import RaaS
+from lil_ops.policies.rkv import RKV
 from lil_ops.policies.sink import Sink
 from lil_ops.policies.slots import TokenSlots
 from lil_ops.policies.snapkv import SnapKV
 from lil_ops.policies.tova import TOVA
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Full, Sink, H2O, Quest, InfLLM, RaaS, SnapKV, TOVA, LessIsMore)
+    policy.name: policy for policy in (Full, Sink, H2O, Quest, InfLLM, RaaS, SnapKV, TOVA, RKV, LessIsMore)
 }
 
 
@@ -54,6 +55,7 @@ def options_of(policy: type[Policy]) -> list[str]:
 __all__ = [
     "H2O",
     "POLICIES",
+    "RKV",
     "TOVA",
     "Chunk",
     "Full",

@@ -12,10 +12,11 @@ from lil_ops.cache import ALL, PagedKVCache, Room
 
 class Selection(NamedTuple):
     """The pages each KV head reads: ``pages [batch, kv_heads, capacity]`` (-1 padded), ``counts [batch, kv_heads]``,
-    or None for ``counts``: every entry."""
+    or None for ``counts``: every entry. scores: those of `ops.score_pages`, where they bound or estimate mass."""
 
     pages: torch.Tensor
     counts: torch.Tensor | None
+    scores: torch.Tensor | None = None
 
 
 class Chunk(NamedTuple):
@@ -57,8 +58,11 @@ class Policy:
     by_tokens: ClassVar[bool] = False  # what is read, and counted, is single tokens instead of pages
     summary_mode: str | None = None  # what the cache keeps of each page's keys, see `PagedKVCache`; None: nothing
     vectors: int = 2  # in a summary
+    summary_dtype: torch.dtype | None = None  # None: the cache's
     mass: str | None = None  # what `mass_of` says of every layer
     watches_prompt: ClassVar[bool] = False
+    on_device: ClassVar[bool] = True  # a decode step decides nothing on the host, so that a CUDA graph can repeat it
+    tells_loss: ClassVar[bool] = False  # its selections have scores, from which `ops.information_loss` follows
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ class Full(Policy):
     name = "full"
     rule = "reads everything"
     source = "dense attention"
+    tells_loss = True  # none
 
     def __init__(self):
         pass

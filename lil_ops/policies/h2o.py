@@ -7,7 +7,7 @@ Published for one query head a KV head; here (GQA) the weights of a group are su
 
 from __future__ import annotations
 
-from lil_ops.policies.slots import TokenSlots, grouped, prompt_mass
+from lil_ops.policies.slots import TokenSlots, prompt_mass
 
 
 class H2O(TokenSlots):
@@ -30,9 +30,4 @@ class H2O(TokenSlots):
         return mass
 
     def observe(self, layer, mass, selection, cache):
-        step = cache.step_of(layer)
-        priority = step.take(self.priority[layer])
-        gathered = grouped(mass, cache.kv_heads)
-        slots = min(gathered.shape[2], priority.shape[2])
-        priority[..., :slots] += gathered[..., :slots]
-        step.put(self.priority[layer], priority)
+        self.fold(layer, mass, cache, rule="sum")

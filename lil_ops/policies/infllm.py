@@ -32,7 +32,7 @@ class InfLLM(Policy):
         self.check_whole(representatives=(representatives, 1))
         if representatives > 8:
             raise ValueError(f"policy {self.name}: representatives: expected at most 8, got {representatives}")
-        self.vectors = representatives
+        self.vectors, self.representatives = 1, representatives
         self._half = recent is None
 
     def recent_of(self, layer: int) -> int:
@@ -41,8 +41,11 @@ class InfLLM(Policy):
     def begin(self, cache, prompt_lens):
         super().begin(cache, prompt_lens)
         tokens = -(-cache.max_tokens // cache.page_size) * cache.page_size
-        shape = cache.batch, cache.kv_heads, tokens
+        # One place more, for mass that does not count.
+        shape = cache.batch, cache.kv_heads, tokens + 1
         self.weight = [torch.zeros(shape, device=cache.device) for _ in cache.rooms]
+        self._within = torch.arange(cache.page_size, device=cache.device)
+        self._heads = torch.arange(cache.kv_heads, device=cache.device)[:, None]
 
     def keep(self, layer, i, chunk, cache):
         step = cache.step_of(layer)
@@ -55,19 +58,17 @@ class InfLLM(Policy):
         if pages:
             best = self._heaviest(weight[:, : pages * size].unflatten(1, (pages, size)))
             keys = chunk.k[:, : pages * size].unflatten(1, (pages, size))
-            self._represent(layer, cache, step.page_table[i, :pages].long(), keys.transpose(0, 1), best.transpose(0, 1))
+            keys = keys.gather(2, best[..., None].expand(*best.shape, keys.shape[-1]))
+            self._represent(layer, cache, step.page_table[i, :pages].long(), keys.transpose(0, 1))
 
     def select(self, layer, q, cache, scale):
         step, size, recent = cache.step_of(layer), cache.page_size, self.recent_of(layer)
-        # The page that leaves the window at this step; a row has one every `page_size` steps.
-        due = [i for i, row in enumerate(step.rows) if cache.lengths[row] > recent]
-        due = [i for i in due if (cache.lengths[step.rows[i]] - recent) % size == 0]
-        for i in due:
-            row = step.rows[i]
-            page = (cache.lengths[row] - recent) // size - 1
-            best = self._heaviest(self.weight[layer][row, :, page * size : (page + 1) * size])
-            physical = step.page_table[i, page : page + 1].long()
-            self._represent(layer, cache, physical, cache.k[layer][physical], best[None])
+        # The last page to leave the window, at this step or some steps ago. Its weights and keys change no more: doing
+        # it again changes nothing, and no launch depends on the lengths.
+        physical, places = step.once(("left", recent), lambda: self._left(step, recent))
+        weight = step.take(self.weight[layer])
+        best = self._heaviest(weight.gather(2, places.expand(-1, cache.kv_heads, -1)))
+        self._represent(layer, cache, physical, cache.k[layer][physical[:, None, None], self._heads, best])
         scores = ops.score_pages(
             q,
             cache.summary[layer],
@@ -89,18 +90,26 @@ class InfLLM(Policy):
         return Selection(pages, counts)
 
     def observe(self, layer, mass, selection, cache):
-        step, size = cache.step_of(layer), cache.page_size
+        step, recent = cache.step_of(layer), self.recent_of(layer)
         weight = step.take(self.weight[layer])
-        within = torch.arange(size, device=mass.device)
-        tokens = (selection.pages[..., None] * size + within).flatten(2).long()  # negative where nothing is listed
-        inside = tokens >= (step.seq_lens - self.recent_of(layer))[:, None, None].clamp(min=0)
-        weight.scatter_add_(2, tokens.clamp(min=0), grouped(mass, cache.kv_heads).where(inside, mass.new_zeros(())))
+        first = step.once(("first", recent), lambda: (step.seq_lens - recent).clamp(min=0)[:, None, None, None])
+        tokens = torch.add(self._within, selection.pages[..., None], alpha=cache.page_size)
+        tokens.masked_fill_(tokens < first, weight.shape[2] - 1)  # negative where nothing is listed
+        weight.scatter_add_(2, tokens.flatten(2), grouped(mass, cache.kv_heads))
         step.put(self.weight[layer], weight)
+
+    def _left(self, step, recent: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the last page that has left the window: the physical page ``[batch]``, and the places of its tokens
+        ``[batch, 1, page_size]``. Where none has, page 0, which is read while it is in the window, whatever its score.
+        """
+        page = ((step.seq_lens - recent) // self.page_size - 1).clamp(min=0)[:, None].long()
+        return step.page_table.gather(1, page)[:, 0].long(), page[..., None] * self.page_size + self._within
 
     def _heaviest(self, weight: torch.Tensor) -> torch.Tensor:
         """``[..., page_size]`` -> ``[..., representatives]``: places of the heaviest, of equals the first."""
-        return weight.argsort(dim=-1, descending=True, stable=True)[..., : self.vectors]
+        return weight.argsort(dim=-1, descending=True, stable=True)[..., : self.representatives]
 
-    def _represent(self, layer, cache, physical, keys, best) -> None:
-        """Let keys ``[pages, kv_heads, page_size, head_dim]`` at the places ``best`` stand for their pages."""
-        cache.summary[layer][physical] = keys.gather(2, best[..., None].expand(*best.shape, keys.shape[-1]))
+    def _represent(self, layer, cache, physical, keys) -> None:
+        """Let keys ``[pages, kv_heads, representatives, head_dim]`` stand for their pages by their mean, since
+        the sum of q . k over them is as much as that of q with it."""
+        cache.summary[layer][physical] = keys.mean(2, keepdim=True)

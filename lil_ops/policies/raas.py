@@ -15,7 +15,6 @@ import torch
 from lil_ops import ops
 from lil_ops.cache import Room
 from lil_ops.policies.base import Policy, Selection
-from lil_ops.policies.slots import grouped
 
 
 class RaaS(Policy):
@@ -71,11 +70,11 @@ class RaaS(Policy):
 
     def write(self, layer, k, v, cache):
         step = cache.step_of(layer)
-        state = self.held[layer], self.stamp[layer], self.tables[layer]
-        held, stamp, table = map(step.take, state)
-        slots = ops.evict_pages(
+        state = self.held[layer], self.tables[layer]
+        held, table = map(step.take, state)
+        ops.evict_pages(
             held,
-            stamp,
+            step.take(self.stamp[layer]),
             step.positions,
             cache.page_size,
             sink=self.sink,
@@ -83,25 +82,26 @@ class RaaS(Policy):
             protected_lens=step.prompt_lens,
             page_table=table,
             # Slots are mapped before they are filled; those that are not yet are not looked at.
-            slot_pages=step.page_table.clamp(min=0),
+            slot_pages=step.once("slot pages", lambda: step.page_table.clamp(min=0)),
         )
-        opened = torch.arange(held.shape[2], device=held.device) == slots[..., None]
-        stamp.copy_(torch.where(opened, step.positions[:, None, None].float(), stamp))
-        for whole, part in zip(state, (held, stamp, table), strict=True):
+        for whole, part in zip(state, (held, table), strict=True):
             step.put(whole, part)
         cache.append(layer, k, v, page_table=table, seq_lens=step.positions)
         return table, step.positions
 
     def select(self, layer, q, cache, scale):
-        return Selection(cache.step_of(layer).take(self.held[layer]), None)
+        step, held = cache.step_of(layer), self.held[layer]
+        # Rows that stand still hold pages, and read none.
+        counts = step.once(
+            ("counts", held.shape[-1]),
+            lambda: ((step.positions > 0) * held.shape[-1])[:, None].expand(-1, cache.kv_heads).int().contiguous(),
+        )
+        return Selection(step.take(held), counts)
 
     def observe(self, layer, mass, selection, cache):
         step = cache.step_of(layer)
-        held, stamp = step.take(self.held[layer]), step.take(self.stamp[layer])
-        attended = grouped(mass, cache.kv_heads).masked_fill(held < 0, -1.0)
-        # The least mass that is among the top share of the pages held.
-        places = ((held >= 0).sum(-1, keepdim=True) * self.share).ceil().long() - 1
-        least = attended.sort(-1, descending=True).values.gather(-1, places.clamp(min=0))
-        now = step.positions[:, None, None].float()
-        stamp.copy_(torch.where(attended >= least, now, stamp))
+        stamp = step.take(self.stamp[layer])
+        # A page that was just opened is stamped too.
+        options = {"rule": "stamp", "share": self.share}
+        ops.fold_mass(stamp, mass, selection.pages, step.positions, cache.page_size, **options)
         step.put(self.stamp[layer], stamp)

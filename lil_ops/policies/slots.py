@@ -18,7 +18,7 @@ class TokenSlots(Policy):
     the last ``recent`` does. Of a longer prompt a head keeps as many as its budget, by the same order.
 
     State, one a layer: ``held [batch, kv_heads, slots]`` int32, the token's position, -1: free; ``priority``, likewise,
-    float32. A new token's priority is 0 until `observe` makes it something else.
+    float32, that of the last token in a slot until `observe` renews it.
     """
 
     memory = "bounded"
@@ -85,11 +85,21 @@ class TokenSlots(Policy):
             recent=self.recent_of(layer),
             protected_lens=self.protected_lens(cache, layer),
         )
-        priority.scatter_(2, slots[..., None].long(), 0.0)
         step.put(self.held[layer], held)
-        step.put(self.priority[layer], priority)
         cache.append(layer, k, v, slots=slots)
         return step.page_table, step.seq_lens
+
+    def expect(self, layer: int, row: int, count: int, first: int) -> None:
+        """Write down ahead what comes behind a row's ``count`` tokens, where nothing goes: ``first`` and so on."""
+        behind = self.held[layer][row, :, count:]
+        behind.copy_(torch.arange(behind.shape[1], device=behind.device) + first)
+
+    def fold(self, layer: int, mass: torch.Tensor, cache, **options) -> None:
+        """Renew the priorities by a step's mass, see `ops.fold_mass`."""
+        step = cache.step_of(layer)
+        priority = step.take(self.priority[layer])
+        ops.fold_mass(priority, mass, step.take(self.held[layer]), step.positions, 1, **options)
+        step.put(self.priority[layer], priority)
 
 
 def grouped(mass: torch.Tensor, kv_heads: int) -> torch.Tensor:

@@ -8,7 +8,6 @@ held. Published for one query head a KV head; here (GQA) the weights of a group 
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 
 from lil_ops.cache import Room
@@ -36,10 +35,10 @@ class SnapKV(TokenSlots):
             mass[:, :before] = F.avg_pool1d(mass[:, :before], self.NEIGHBOURS, 1, self.NEIGHBOURS // 2)
         return mass
 
+    def keep(self, layer, i, chunk, cache):
+        kept, row = super().keep(layer, i, chunk, cache), cache.step_of(layer).rows[i]
+        self.expect(layer, row, kept.shape[1], cache.lengths[row])
+        return kept
+
     def write(self, layer, k, v, cache):
-        step = cache.step_of(layer)
-        held = step.take(self.held[layer])
-        last = (step.seq_lens - 1).long()[:, None, None].expand(-1, cache.kv_heads, -1)
-        held.scatter_(2, last, (step.positions - 1)[:, None, None].expand_as(last).to(torch.int32))
-        step.put(self.held[layer], held)
         return Policy.write(self, layer, k, v, cache)

@@ -20,8 +20,4 @@ class TOVA(TokenSlots):
         return prompt_mass(chunk, queries=1).sum(0, keepdim=True).expand(len(chunk.k), -1)
 
     def observe(self, layer, mass, selection, cache):
-        step = cache.step_of(layer)
-        priority = step.take(self.priority[layer])
-        slots = min(mass.shape[2], priority.shape[2])
-        priority[..., :slots] = mass[..., :slots].sum(1, keepdim=True)
-        step.put(self.priority[layer], priority)
+        self.fold(layer, mass, cache, rule="last", shared=True)

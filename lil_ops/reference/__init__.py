@@ -8,6 +8,7 @@ here and return the new values.
 from lil_ops.reference.append_kv import append_kv
 from lil_ops.reference.compact_kv import compact_kv
 from lil_ops.reference.evict_pages import evict_pages
+from lil_ops.reference.fold_mass import fold_mass
 from lil_ops.reference.guardian_check import guardian_check
 from lil_ops.reference.information_loss import information_loss
 from lil_ops.reference.key_redundancy import key_redundancy
@@ -22,6 +23,7 @@ __all__ = [
     "attention_mass",
     "compact_kv",
     "evict_pages",
+    "fold_mass",
     "guardian_check",
     "information_loss",
     "key_redundancy",

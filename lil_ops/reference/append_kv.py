@@ -33,6 +33,8 @@ def append_kv(
     offsets = range(len(seq_lens) + 1) if cu_seqlens is None else cu_seqlens.tolist()
     for b, length in enumerate(seq_lens.tolist()):
         count = offsets[b + 1] - offsets[b]
+        if cu_seqlens is None and length == 0:
+            continue  # takes no part
         for h in range(kv_heads):
             first = length - count if slots is None or slots[b, h] == -1 else int(slots[b, h])
             for token in range(first, first + count):
@@ -43,12 +45,27 @@ def append_kv(
                 v_cache[physical, h, slot] = stored(v[row, h], page_scale(v_scale, physical, h), v_cache.dtype)
                 if summary is not None:
                     keys = k_cache[physical, h, : length - page * page_size].double()
-                    if summary_mode == "minmax":
-                        vectors = keys.amin(0), keys.amax(0)
-                    else:
-                        vectors = keys.mean(0), keys.std(0, correction=0)
-                    summary[physical, h] = torch.stack(vectors).to(summary.dtype)
+                    summary[physical, h] = page_summary(keys, summary_mode, summary.dtype)
     return k_cache, v_cache, summary
+
+
+def page_summary(keys, mode, dtype):
+    """``[..., tokens, head_dim]`` float64 keys -> ``[..., 2, head_dim]``, as a summary of this dtype holds them."""
+    if mode == "minmax":
+        low, high = keys.amin(-2), keys.amax(-2)
+        if dtype == torch.float8_e4m3fn:
+            low, high = -at_least(-low), at_least(high)
+        return torch.stack((low, high), -2).to(dtype)
+    vectors = torch.stack((keys.mean(-2), keys.std(-2, correction=0)), -2)
+    return stored(vectors, 1.0, dtype).to(dtype)
+
+
+def at_least(x):
+    """The least float8 value that is not below x; NaN where there is none."""
+    codes = torch.arange(128, dtype=torch.uint8, device=x.device)
+    values = codes.view(torch.float8_e4m3fn).double()  # 0 to 448, and then NaN
+    values = torch.cat([-values[1:127].flip(0), values])
+    return values[torch.searchsorted(values[:-1], x.contiguous())]
 
 
 def stored(x, scale, dtype):

@@ -4,10 +4,25 @@
 namespace lil::cpu::LIL_ISA {
 namespace {
 
+// x rounded down (side -1) or up (side 1) to float8: to nearest first, and what came out on the wrong side goes one
+// value on, which beyond +-448 is NaN.
+void store_bound(Vec x, int side, e4m3* p) {
+  x.store(p);
+  float want[Vec::N], got[Vec::N];
+  int32_t step[Vec::N];
+  x.store(want);
+  Vec::load(p).store(got);
+  for (int i = 0; i < Vec::N; ++i) step[i] = side > 0 ? got[i] < want[i] : got[i] > want[i];
+  for (int i = 0; i < Vec::N; ++i) {
+    const int32_t bits = p[i].bits, away = 1 - (bits >> 6 & 2);
+    p[i].bits = static_cast<uint8_t>(bits + step[i] * away * side);
+  }
+}
+
 // The summary is computed anew from all tokens of the page, never merged with what was there: so a page's summary is
 // right after a slot was overwritten or a sequence cut short, and the first token of a page is no special case.
-template <class T>
-void summarise_minmax(const T* keys, int64_t stride_token, int64_t tokens, int64_t head_dim, T* summary) {
+template <class T, class S>
+void summarise_minmax(const T* keys, int64_t stride_token, int64_t tokens, int64_t head_dim, S* summary) {
   for (int64_t d = 0; d < head_dim; d += Vec::N) {
     Vec low = Vec::load(keys + d), high = low;
     for (int64_t t = 1; t < tokens; ++t) {
@@ -15,14 +30,19 @@ void summarise_minmax(const T* keys, int64_t stride_token, int64_t tokens, int64
       low = Vec::min(low, key);
       high = Vec::max(high, key);
     }
-    low.store(summary + d);
-    high.store(summary + head_dim + d);
+    if constexpr (sizeof(S) < sizeof(T)) {
+      store_bound(low, -1, summary + d);
+      store_bound(high, 1, summary + head_dim + d);
+    } else {
+      low.store(summary + d);
+      high.store(summary + head_dim + d);
+    }
   }
 }
 
 // Relative to the first key: far from zero nothing cancels, and equal keys have a deviation of 0.
-template <class T>
-void summarise_meanstd(const T* keys, int64_t stride_token, int64_t tokens, int64_t head_dim, T* summary) {
+template <class T, class S>
+void summarise_meanstd(const T* keys, int64_t stride_token, int64_t tokens, int64_t head_dim, S* summary) {
   const Vec count = Vec::set1(static_cast<float>(tokens));
   for (int64_t d = 0; d < head_dim; d += Vec::N) {
     const Vec base = Vec::load(keys + d);
@@ -48,8 +68,8 @@ void store_row(const S* row, int64_t head_dim, float scale, e4m3* out) {
   for (int64_t d = 0; d < head_dim; d += Vec::N) (Vec::load(row + d) / Vec::set1(scale)).store(out + d);
 }
 
-// T is what the cache stores, S what comes.
-template <class T, class S>
+// T is what the cache stores, U what its summaries are, S what comes.
+template <class T, class U, class S>
 void append_page(const AppendKvParams& p, const AppendItem& item) {
   const int64_t h = item.h, physical = p.pages.at(item.b, h, item.page), head_dim = p.cache.head_dim;
   const auto at = [&](const PagedBuffer& buffer) {
@@ -66,8 +86,8 @@ void append_page(const AppendKvParams& p, const AppendItem& item) {
     v += p.v_stride_token;
   }
   if (p.summary.data) {
-    T* summary = static_cast<T*>(p.summary.data) + physical * p.summary.stride_page + h * p.summary.stride_head;
-    const auto summarise = p.summary.mode == SummaryMode::kMeanStd ? summarise_meanstd<T> : summarise_minmax<T>;
+    U* summary = static_cast<U*>(p.summary.data) + physical * p.summary.stride_page + h * p.summary.stride_head;
+    const auto summarise = p.summary.mode == SummaryMode::kMeanStd ? summarise_meanstd<T, U> : summarise_minmax<T, U>;
     summarise(k_page, p.cache.k.stride_token, item.tokens_in_page, head_dim, summary);
   }
 }
@@ -79,9 +99,11 @@ void append_kv(const AppendKvParams& p, const AppendItem* items, int64_t begin, 
     for (int64_t i = begin; i < end; ++i) append_one(p, items[i]);
   };
   if (p.cache.dtype == DType::kFloat8E4M3) {
-    with_dtype(p.k_dtype, [&]<class S>(const S*) { append(append_page<e4m3, S>); });
+    with_dtype(p.k_dtype, [&]<class S>(const S*) { append(append_page<e4m3, e4m3, S>); });
   } else {
-    with_dtype(p.cache.dtype, [&]<class T>(const T*) { append(append_page<T, T>); });
+    with_dtype(p.cache.dtype, [&]<class T>(const T*) {
+      p.summary.dtype == DType::kFloat8E4M3 ? append(append_page<T, e4m3, T>) : append(append_page<T, T, T>);
+    });
   }
 }
 

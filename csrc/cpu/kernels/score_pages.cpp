@@ -120,7 +120,7 @@ void score_block(const ScorePagesParams& p, const BlockRows<T>& block, const Blo
 }  // namespace
 
 void score_pages(const ScorePagesParams& p, int64_t begin, int64_t end) {
-  with_stored_dtype(p.summary_dtype, [&]<class T>(const T*) {
+  with_stored_dtype(p.summary.dtype, [&]<class T>(const T*) {
     BlockRows<T> blocks[2];
     blocks[begin % 2].gather(p, begin);
     for (int64_t i = begin; i < end; ++i) {

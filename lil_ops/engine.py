@@ -1,0 +1,368 @@
+"""The engine: a fixed number of slots, whose step waits for nothing and is one CUDA graph.
+
+`DecodeLoop` decides on the host who stops, at the very token. Here everything that a step decides is decided on the
+device: the token, the LZ77 size, the stop rule, who goes on. A sequence that has stopped stands still, at the very
+token too. The host follows some steps behind: it reads the codes from pinned copies, and gives the slot to the next.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lil_ops.actions import Action, ActionEvent, Answer, Course, Rescue
+from lil_ops.decode import _check_prompts, _eos_ids, _uniforms
+from lil_ops.device_steps import DeviceSteps
+from lil_ops.integrations.attach import attach
+from lil_ops.integrations.transformers import NAME, LilCache, cache_argument
+from lil_ops.policies import Policy
+from lil_ops.sampling import check_sampling, sample
+from lil_ops.stopping import Lz77Tracker, Progress, StopReason, StopRule
+
+ANSWER_TOKENS = 64  # room for the forced tokens of an `Answer`
+
+
+@dataclass(frozen=True)
+class Request:
+    """A sequence to generate. seed: its draws are those of `generate` with this seed, alone."""
+
+    prompt: torch.Tensor | Sequence[int]
+    max_new_tokens: int = 256
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What became of a request. Fields as in `GenerationResult`, of one sequence; ``phrases``, ``bits``: its size."""
+
+    request: Request
+    tokens: list[int]
+    stop_reason: StopReason
+    phrases: int
+    bits: int
+    events: list[ActionEvent] = field(default_factory=list)
+
+
+@dataclass
+class _Slot:
+    request: Request
+    course: Course
+    begun: int  # its first report
+
+
+class Engine:
+    """Serves sequences in ``slots`` places of one batch; sequences come and go while it runs.
+
+    Args:
+        model: as in `generate`. slots: sequences at a time. max_tokens: of the longest one, prompt and output.
+        policy, guardian, action, temperature, top_k, top_p, page_size: as in `generate`; the same for all sequences.
+        num_pages: size of the cache's pools; a sequence takes the pages of its whole length when it comes.
+        graph: capture the step in a CUDA graph; None: where that is possible, and a warning says why where it is not.
+        lag: steps that the host may be behind the device.
+
+    Use as a context manager; it gives the model attention "lil" meanwhile::
+
+        with Engine(model, slots=64, max_tokens=4096, policy="quest", budget=1024) as engine:
+            for completion in engine.run(requests):
+                print(completion.tokens)
+
+    Raises ValueError for what cannot be served, before any work.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        slots: int,
+        max_tokens: int,
+        policy: str | Policy = "full",
+        guardian: StopRule | None = None,
+        action: Action | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        page_size: int = 16,
+        num_pages: int | None = None,
+        graph: bool | None = None,
+        lag: int = 4,
+        **policy_options,
+    ):
+        check_sampling(temperature, top_k, top_p)
+        self._model, self._vocab_size, self._device = model, attach(model).vocab_size, model.device
+        self.cache = LilCache(
+            model,
+            policy,
+            batch=slots,
+            max_tokens=max_tokens,
+            page_size=page_size,
+            num_pages=num_pages,
+            **policy_options,
+        )
+        if not self.cache.policy.on_device:
+            raise ValueError(f"Engine: policy {self.cache.policy.name} decides on the host; use lil_ops.generate")
+        self.cache.begin([])
+        if action is not None and guardian is None:
+            raise ValueError("action: expected a stop rule beside it (guardian=...), got none")
+        if isinstance(action, Rescue):
+            action.check(self.cache.policy)
+            self.cache.raised_budget = action.budget
+        self._forces = action.then if isinstance(action, Rescue) else action
+        if isinstance(self._forces, Answer) and len(self._forces.tokens) > ANSWER_TOKENS:
+            raise ValueError(f"Answer: tokens: expected at most {ANSWER_TOKENS}, got {len(self._forces.tokens)}")
+        if guardian and guardian.needs_loss:
+            self.cache.watch_loss()
+        self._action, self._rule = action, guardian
+        self._sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self._eos = torch.tensor(_eos_ids(model, eos_token_id), dtype=torch.int64, device=self._device)
+        self._lag, self._graph_wanted = lag, graph
+        self._cache_argument = cache_argument(model)
+
+        def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(slots, *shape, dtype=dtype, device=self._device)
+
+        # One entry a slot. What a step needs that changes from sequence to sequence is in tensors: a graph reads them.
+        self._tokens, self._output = ints(1, dtype=torch.int64), ints(max_tokens, dtype=torch.int64)
+        self._num_tokens, self._limit = ints(), ints()
+        self._uniforms = ints(max_tokens, dtype=torch.float32)
+        self._stop = ints() + StopReason.LENGTH  # nobody runs
+        self._forced, self._forced_at, self._forced_len = ints(ANSWER_TOKENS, dtype=torch.int64), ints(), ints()
+        self._raised_until, self._answering = ints(), ints(dtype=torch.bool)
+        self._phrases, self._bits = ints(), ints()
+        self._tracker = Lz77Tracker(slots, max_tokens, self._vocab_size, self._device)
+        self._watch = guardian.start(slots, self._device) if guardian else None
+        self._slot = torch.arange(slots, device=self._device)
+
+        self._steps = DeviceSteps(self.cache.kv)
+        self._slots: list[_Slot | None] = [None] * slots
+        self._reported = 0
+        self._reports: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self._attention_before: str | None = None
+
+    def __enter__(self) -> Engine:
+        self._attention_before = self._model.config._attn_implementation
+        self._model.set_attn_implementation(NAME)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._model.set_attn_implementation(self._attention_before)
+
+    @property
+    def free_slots(self) -> int:
+        return self._slots.count(None)
+
+    @torch.inference_mode()
+    def add(self, request: Request) -> None:
+        """Run its prompt in a free slot (there must be one), and produce its first token.
+
+        Raises `OutOfPagesError` where the pools have too few pages left, ValueError for a request that cannot be
+        served; nothing has changed then.
+        """
+        (prompt,) = _check_prompts([request.prompt], self._vocab_size)
+        total = len(prompt) + request.max_new_tokens
+        if request.max_new_tokens < 1 or total > self.cache.kv.max_tokens:
+            most = self.cache.kv.max_tokens - len(prompt)
+            raise ValueError(
+                f"Engine: max_new_tokens: expected from 1 to {most} behind a prompt of {len(prompt)} tokens, "
+                f"got {request.max_new_tokens}"
+            )
+        row = self._slots.index(None)
+        self.cache.policy.check_budget(self.cache.kv, [len(prompt)])
+        self.cache.kv.reserve(row, len(prompt), request.max_new_tokens - 1)  # the last token is never fed back
+        self.cache.rows = [row]
+        logits = self._forward(prompt[None].to(self._device), torch.arange(len(prompt), device=self._device)[None])
+        self._steps.install()
+        self._steps.load(row)
+        for tensor, value in (
+            (self._num_tokens, 0),
+            (self._limit, request.max_new_tokens),
+            (self._stop, StopReason.RUNNING),
+            (self._forced_len, 0),
+            (self._answering, False),
+            (self._raised_until, 0),
+        ):
+            tensor[row] = value
+        self._tracker.reset(row)
+        if self._watch:
+            self._watch.reset(row)
+        uniforms = _uniforms(request.max_new_tokens, request.seed)
+        self._uniforms[row, : len(uniforms)] = uniforms.to(self._device)
+        first = sample(logits, self._uniforms[row : row + 1, 0], **self._sampling)
+        if self.cache.lost_bits is not None:
+            self.cache.lost_bits.zero_()
+        self._settle(first.expand(len(self._slots)), self._slot == row)
+        interval = self._rule.interval if self._rule else 0
+        self._slots[row] = _Slot(request, Course(self._action, interval), self._reported)
+        self._report()
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Produce one more token in every running slot; does not wait for the device."""
+        raised = any(slot and slot.course.rescued_until is not None for slot in self._slots)
+        if self._graph_wanted is not False and self._device.type == "cuda":
+            self._replay(raised)
+        else:
+            self._device_step(raised)
+        self._report()
+
+    @torch.inference_mode()
+    def completed(self, wait: bool = False) -> list[Completion]:
+        """The sequences that are known to have ended; their slots are free again.
+
+        Reads what the device has reported. It waits for a report that is more than ``lag`` steps old, and with ``wait``
+        for all.
+        """
+        done = []
+        while self._reports:
+            number, report, event = self._reports[0]
+            if event is not None and not event.query():
+                if len(self._reports) <= self._lag and not wait:
+                    break
+                event.synchronize()
+            self._reports.popleft()
+            done += self._read(number, report)
+        return done
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Serve the requests, as many at a time as there are slots; completions as they come."""
+        waiting = deque(requests)
+        while waiting or self.free_slots < len(self._slots):
+            while waiting and self.free_slots:
+                self.add(waiting.popleft())
+            self.step()
+            yield from self.completed()
+
+    def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        cache = {self._cache_argument: self.cache}
+        return self._model(
+            input_ids=input_ids, position_ids=position_ids, **cache, use_cache=True, logits_to_keep=1
+        ).logits[:, -1]
+
+    def _device_step(self, raised: bool) -> None:
+        """One step of all slots: tensor operations only, on tensors that never move."""
+        running = self._stop == StopReason.RUNNING
+        self._steps.advance(running)
+        positions = (self._steps.positions - 1).clamp(min=0).long()[:, None]
+        self.cache.raised = self._num_tokens < self._raised_until if raised else None
+        with self.cache.on_device_steps():
+            logits = self._forward(self._tokens, positions)
+        uniforms = self._uniforms.gather(1, self._num_tokens.long()[:, None].clamp(max=self._uniforms.shape[1] - 1))
+        self._settle(sample(logits, uniforms[:, 0], **self._sampling), running)
+
+    def _settle(self, chosen: torch.Tensor, active: torch.Tensor) -> None:
+        """Take the token of each active slot, and decide who stops. Both ``[slots]``."""
+        at = self._forced_at.clamp(max=ANSWER_TOKENS - 1).long()[:, None]
+        forced = active & (self._forced_at < self._forced_len)
+        chosen = torch.where(forced, self._forced.gather(1, at)[:, 0], chosen)
+        self._forced_at += forced
+        torch.where(active[:, None], chosen[:, None], self._tokens, out=self._tokens)
+        place = self._num_tokens.long()[:, None].clamp(max=self._output.shape[1] - 1)
+        self._output.scatter_(1, place, torch.where(active[:, None], self._tokens, self._output.gather(1, place)))
+        self._num_tokens += active
+        phrases, bits = self._tracker.append(self._tokens, active.int())
+        self._phrases.copy_(phrases)
+        self._bits.copy_(bits)
+        # In this order: end of sequence, the rule, the length. A slot that has stopped keeps its reason.
+        ended = (self._tokens == self._eos).any(1) & active & ~forced
+        self._stop.masked_fill_(ended, StopReason.EOS)
+        if self._watch:
+            self._watch.check(
+                Progress(
+                    self._tokens[:, 0],
+                    self._phrases,
+                    self._bits,
+                    self._num_tokens,
+                    active,
+                    self.cache.lost_bits,
+                    self._stop,
+                )
+            )
+            self._stop.masked_fill_(self._answering & (self._stop == StopReason.GUARDIAN), StopReason.RUNNING)
+        full = active & (self._stop == StopReason.RUNNING) & (self._num_tokens >= self._limit)
+        self._stop.masked_fill_(full, StopReason.LENGTH)
+
+    def _report(self) -> None:
+        """Send codes, counts and sizes to the host, behind what the device has to do."""
+        report, event = torch.stack([self._stop, self._num_tokens, self._phrases, self._bits]), None
+        if self._device.type == "cuda":
+            report = torch.empty(report.shape, dtype=report.dtype, pin_memory=True).copy_(report, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._reports.append((self._reported, report, event))
+        self._reported += 1
+
+    def _read(self, number: int, report: torch.Tensor) -> list[Completion]:
+        """What a report says of each slot. Actions take effect from here on: a stopped slot waits."""
+        done = []
+        for row, (code, count, phrases, bits) in enumerate(report.T.tolist()):
+            slot = self._slots[row]
+            if slot is None or number < slot.begun:
+                continue
+            course = slot.course
+            if code == StopReason.RUNNING:
+                course.went_on(count)
+                continue
+            # The report of a stop that an action has answered already.
+            if course.events and course.events[-1].at == count and course.events[-1].what != "recovered":
+                continue
+            may_act = code == StopReason.GUARDIAN and count < slot.request.max_new_tokens
+            if may_act and course.fired(count):
+                self._act(row, course, count)
+                continue
+            tokens = self._output[row, :count].tolist()
+            done.append(Completion(slot.request, tokens, StopReason(code), phrases, bits, course.events))
+            self._slots[row] = None
+            self.cache.kv.free(row)
+        return done
+
+    def _act(self, row: int, course: Course, count: int) -> None:
+        """Let a stopped slot go on, as its course says."""
+        if course.forced:
+            forced = torch.tensor(list(course.forced), dtype=torch.int64)
+            self._forced[row, : len(forced)] = forced.to(self._device)
+            self._forced_at[row], self._forced_len[row] = 0, len(forced)
+            self._limit[row] = min(course.limit, self._slots[row].request.max_new_tokens)
+            self._answering[row] = True
+            self._raised_until[row] = 0
+            course.forced.clear()
+        elif course.rescued_until is not None:
+            self._raised_until[row] = course.rescued_until
+        self._stop[row] = StopReason.RUNNING
+
+    def _replay(self, raised: bool) -> None:
+        """Replay the graph of a step, captured at its first use."""
+        if raised not in self._graphs:
+            try:
+                self._graphs[raised] = self._capture(raised)
+            except RuntimeError as error:
+                if self._graph_wanted:
+                    raise
+                self._graph_wanted = False
+                reason = str(error).partition("\n")[0]
+                warnings.warn(
+                    f"Engine: this model's step cannot be captured, and runs without a graph: {reason}", stacklevel=3
+                )
+                self._device_step(raised)
+                return
+        self._graphs[raised].replay()
+
+    def _capture(self, raised: bool) -> torch.cuda.CUDAGraph:
+        """Warm up on slots that stand still, so that nothing is produced, and capture."""
+        stop = self._stop.clone()
+        self._stop.fill_(StopReason.LENGTH)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._device_step(raised)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._stop.copy_(stop)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._device_step(raised)
+        return graph
