@@ -7,51 +7,12 @@ import zlib
 
 import pytest
 import torch
+from sequences import INPUTS, VOCAB
 
 import lil_ops
 
-TOKENS, VOCAB = 1 << 17, 50000
+TOKENS = 1 << 17
 HISTORY = 1 << 16
-
-
-def random(n, vocab):
-    return torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-
-
-def text_like(n):
-    """Zipf-distributed tokens of which most continue a copy of something earlier, as text and its quotations do."""
-    g = torch.Generator().manual_seed(0)
-    tokens = (torch.exp(torch.rand(n, generator=g) * 10.8) - 1).int()
-    places = torch.rand(n // 10, generator=g)
-    for at, place in zip(range(1000, n - 8, 10), places.tolist(), strict=False):
-        start = int(place * (at - 10))
-        tokens[at : at + 8] = tokens[start : start + 8]
-    return tokens
-
-
-def de_bruijn(n):
-    """Every word of 17 bits once, by the rule "1 unless that word was seen" (2^17 bits)."""
-    order, word = 17, 0
-    seen, bits = {0}, [0] * 17
-    while len(bits) < n:
-        odd = (word << 1 | 1) & ((1 << order) - 1)
-        word = odd if odd not in seen else odd - 1
-        seen.add(word)
-        bits.append(word & 1)
-    return torch.tensor(bits, dtype=torch.int32)
-
-
-INPUTS = {
-    "text-like": text_like,
-    "random, vocabulary 50k": lambda n: random(n, VOCAB),
-    "random, vocabulary 10": lambda n: random(n, 10),
-    "random bits": lambda n: random(n, 2),
-    "one repeated token": lambda n: torch.ones(n, dtype=torch.int32),
-    "one repeated token, then another": lambda n: torch.cat([torch.ones(n - 1), torch.zeros(1)]).int(),
-    "period 2": lambda n: torch.arange(n, dtype=torch.int32) % 2,
-    "de Bruijn bits": de_bruijn,
-    "copy of far history": lambda n: random(n // 2, VOCAB).repeat(2),
-}
 
 
 @pytest.mark.parametrize("kind", INPUTS)
@@ -70,7 +31,7 @@ def test_from_scratch(measure, benchmark, kind, variant):
 
 @pytest.mark.parametrize("tokens", [TOKENS // 4, TOKENS, 4 * TOKENS])
 def test_growth_with_length(measure, benchmark, tokens):
-    stream = text_like(tokens)[None]
+    stream = INPUTS["text-like"](tokens)[None]
     measure(
         f"lz77_append, {tokens >> 10}k tokens, text-like, growth",
         "lil",

@@ -45,6 +45,8 @@ SHORT = "The step reads 1024 tokens at most, dense all; append + dense does what
 FP8 = "float8 keys, values and summaries against bf16. Asked: 1.6x for attention at batch 32."
 OPERATORS = "*Four*: append, score, select and attend as calls of their own."
 PEERS = "Every peer, against our variant that does the same."
+LZ77 = """`lz77_append`, whole calls. One token: the mean of 1280 steps after a history of 64k; *cold*: before each step
+something else had the L2 cache. 250 tokens: after 64k too. From scratch: emptying the state is in it."""
 
 DECISIONS = """### Decisions of the policies
 
@@ -76,6 +78,7 @@ ASKED_STEP = {
     ("B", 32, 32768): (45, 8.0, 6.0),
 }
 ASKED_ATTEND = {("A", 1): (6.0, 7.5), ("A", 8): (16.0, 27.0), ("A", 32): (50.0, 94.0)}
+ASKED_LZ77 = {"one token, batch": 10, "250 tokens, batch 256": 2000, "128k tokens from scratch": 3000}  # us
 NARROW = ", float8 summaries"  # ends the names of such variants
 SHORT_CONTEXT = 4096  # up to here a case is about short contexts
 
@@ -181,7 +184,17 @@ def cuda_lines(result: dict) -> list[str]:
     columns = "append | score | limit | select | attend 1024 | four | step | step with loss"
     lines += _table("Operators", OPERATORS, columns, map(_operators, cases))
     rows = (row for case in cases for row in _peers(case))
-    return lines + _table("Peers", PEERS, "peer | us | peer / ours", rows, text_columns=1)
+    lines += _table("Peers", PEERS, "peer | us | peer / ours", rows, text_columns=1)
+    return lines + _lz77_lines(result.get("lz77", []))
+
+
+def _lz77_lines(rows: list[dict]) -> list[str]:
+    """Nothing where there are no rows."""
+    lines = ["", "### LZ77", "", LZ77, "", "| case | tokens | us | asked |", "| --- | --- | ---: | ---: |"]
+    for row in rows:
+        asked = next((us for case, us in ASKED_LZ77.items() if row["case"].startswith(case)), None)
+        lines.append(f"| {row['case']} | {row['tokens']} | {_cells([_at_most(row['us'], asked), asked])} |")
+    return lines if rows else []
 
 
 def _table(title: str, text: str, columns: str, rows: Iterable[list], text_columns: int = 0) -> list[str]:

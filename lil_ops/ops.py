@@ -532,8 +532,9 @@ def lz77_append(
 
     The parse is greedy: a phrase (distance, length, next token) is the longest match that starts earlier, at any
     distance and free to overlap the phrase itself, and the token after it. The size over the number of tokens estimates
-    the entropy rate; its growth over an interval is the information gain (Hu et al., arXiv 2601.03043). Amortised
-    constant time a token, however the tokens are split over calls. CPU only.
+    the entropy rate; its growth over an interval is the information gain (Hu et al., arXiv 2601.03043). On the CPU a
+    token costs amortised constant time, however the tokens are split over calls; on CUDA time grows with the length of
+    the sequence, from very little.
 
     Args:
         state: from `lz77_state`; written.
@@ -547,7 +548,8 @@ def lz77_append(
         ``ceil(log2(i + 1)) + 2 * floor(log2(k)) + 1 + ceil(log2(vocab_size))`` bits.
 
     Also RuntimeError, and no sequence changed: a token or count out of range, a sequence longer than its capacity, a
-    state that is not one.
+    state that is not one. On CUDA such a row is left as it was and returns its present size, the other rows are done,
+    and `check_errors` raises.
 
     Equivalent Python, for the ``history`` of one sequence::
 

@@ -10,7 +10,7 @@ from lil_ops.guardian import Guardian
 from lil_ops.reference.guardian_check import guardian_check as reference_guardian_check
 from lil_ops.stopping import Lz77Tracker, Progress, StopReason
 
-OPERATOR = "guardian_check"
+OPERATORS = ["guardian_check", "lz77_append"]
 NAMES = ["sizes", "num_tokens", "interval", "threshold", "checkpoint", "gain", "stop"]
 
 
@@ -95,14 +95,14 @@ def test_published_rule_over_a_sequence(device):
     loop = torch.arange(7).repeat(batch, 100)
     starts = [0, 120, 230]
     rows = torch.stack([torch.cat([lead[b, :start], loop[b]])[:400] for b, start in enumerate(starts)])
-    tracker, state = Lz77Tracker(batch, 400, 1000), guardian.start(batch, device)
+    tracker, state = Lz77Tracker(batch, 400, 1000, device), guardian.start(batch, device)
     stop = torch.zeros(batch, dtype=torch.int32, device=device)
     stopped_at = [None] * batch
     for step in range(400):
-        phrases, bits = tracker.append(rows[:, step : step + 1])
+        phrases, bits = tracker.append(rows[:, step : step + 1].to(device))
         num_tokens = torch.full((batch,), step + 1, dtype=torch.int32, device=device)
         newest = rows[:, step].to(device)
-        state.check(Progress(newest, phrases.to(device), bits.to(device), num_tokens, stop == 0, None, stop))
+        state.check(Progress(newest, phrases, bits, num_tokens, stop == 0, None, stop))
         stopped_at = [at or (step + 1 if code else None) for at, code in zip(stopped_at, stop.tolist(), strict=True)]
     assert stopped_at == [100, 200, 300]
     assert state.checkpoint[:, 0].tolist() == stopped_at and (state.gain < 4).all()

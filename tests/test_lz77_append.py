@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lil_ops
 from lil_ops import _C, ops
 from lil_ops.reference.lz77_append import lz77_sizes
 from lil_ops.stopping import Lz77Tracker
@@ -75,6 +76,25 @@ def expected(tokens, vocab_size=VOCAB):
     return [(0, 0), *zip(*lz77_sizes(tokens, vocab_size), strict=True)]
 
 
+def brute_force(tokens, vocab_size=VOCAB):
+    """The same for longer sequences: each token narrows the places where all of the phrase occurs."""
+    tokens, start, places = np.array(tokens, dtype=np.int64), 0, np.array([], dtype=np.int64)
+    before, sizes = (0, 0), [(0, 0)]
+    for end in range(len(tokens)):
+        if start == end:
+            places = np.arange(start)
+        places = places[tokens[places + end - start] == tokens[end]]
+        price = start.bit_length() + 2 * (end - start + 1).bit_length() - 1 + (vocab_size - 1).bit_length()
+        sizes.append((before[0] + 1, before[1] + price))
+        if len(places) == 0:
+            start, before = end + 1, sizes[-1]
+    return sizes
+
+
+def sizes_of(result):
+    return list(zip(*(t.tolist() for t in result), strict=True))
+
+
 def test_definition_by_hand():
     # a | b | (ab)c | (abcab)d | pending: ab
     tokens = [0, 1, 0, 1, 2, 0, 1, 2, 0, 1, 3, 0, 1]
@@ -82,6 +102,11 @@ def test_definition_by_hand():
     assert phrases == [1, 2, 3, 3, 3, 4, 4, 4, 4, 4, 4, 5, 5]
     # position, Elias gamma of the length, token: (0, 1, 2), (1, 1, 2), (2, 3, 2)
     assert bits[:5] == [3, 3 + 4, 7 + 2 + 1 + 2, 7 + 2 + 3 + 2, 7 + 2 + 3 + 2]
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_brute_force_is_the_definition(name):
+    assert brute_force(SEQUENCES[name]) == expected(SEQUENCES[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -129,6 +154,55 @@ def test_any_tokens_split_anywhere(device, tokens, vocab_size, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=6)))
     want = expected(tokens, vocab_size)
     assert feed(device, tokens, cuts, vocab_size) == [want[cut] for cut in [*cuts, len(tokens)]]
+
+
+@st.composite
+def long_token_lists(draw, max_size=900):
+    """Pieces of periodic, random and copied tokens, each some hundred long: matches over many words of 32 tokens."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    symbols = draw(st.sampled_from([1, 2, 4, 30, VOCAB]))
+    size = draw(st.integers(1, max_size))
+    tokens = rng.integers(0, symbols, draw(st.integers(1, 80))).tolist()
+    for kind in draw(st.lists(st.sampled_from(["copy", "period", "random", "one"]), max_size=8)):
+        length = int(rng.integers(1, 400))
+        if kind == "copy":
+            start = int(rng.integers(0, len(tokens)))
+            for i in range(length):
+                tokens.append(tokens[start + i])
+        elif kind == "period":
+            tokens += np.resize(rng.integers(0, symbols, rng.integers(1, 6)), length).tolist()
+        else:
+            tokens += rng.integers(0, symbols, length if kind == "random" else 1).tolist()
+    return tokens[:size]
+
+
+def split_everywhere(device, tokens, vocab_size, dtype=torch.int32):
+    """One row for each place: (the size up to there, the size of all), in two calls."""
+    n = len(tokens)
+    places = torch.arange(n + 1, dtype=torch.int32)
+    state, row = ops.lz77_state(n + 1, n, device), torch.tensor(tokens, dtype=dtype)
+    first = ops.lz77_append(state, row.expand(n + 1, n).to(device), places.to(device), vocab_size)
+    rest = row[(torch.arange(n) + places[:, None]).clamp_max(n - 1)]
+    return sizes_of(first), sizes_of(ops.lz77_append(state, rest.to(device), (n - places).to(device), vocab_size))
+
+
+@settings(max_examples=40, deadline=None)
+@given(tokens=long_token_lists(), vocab_size=st.sampled_from([VOCAB, 65535, 65536, 2**20, 2**31 - 1]))
+def test_long_tokens_split_at_every_place(device, tokens, vocab_size):
+    want = brute_force(tokens, vocab_size)
+    first, last = split_everywhere(device, tokens, vocab_size)
+    assert first == want and last == [want[-1]] * len(want)
+
+
+@settings(max_examples=40, deadline=None)
+@given(tokens=long_token_lists(max_size=4000), data=st.data())
+def test_long_tokens_in_pieces(device, tokens, data):
+    """Pieces of any size: a few tokens and many go different ways on CUDA."""
+    cuts = set(data.draw(st.lists(st.integers(0, len(tokens)), max_size=6)))
+    cuts |= {cut + i for cut in cuts for i in range(data.draw(st.integers(0, 3)))}
+    cuts = sorted(cut for cut in cuts if cut <= len(tokens))
+    want = brute_force(tokens)
+    assert feed(device, tokens, cuts) == [want[cut] for cut in [*cuts, len(tokens)]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -185,8 +259,10 @@ def test_strided_rows(device):
 def test_full_to_the_last_token(device, capacity):
     for tokens in ([0] * capacity, list(range(capacity))):
         assert feed(device, tokens, capacity=capacity) == [expected(tokens)[-1]]
-        with pytest.raises(RuntimeError, match=f"room for {capacity + 1} tokens"):
+        message = f"room for {capacity + 1} tokens" if device == "cpu" else f"a capacity of at least {capacity + 1}"
+        with pytest.raises(RuntimeError, match=message):
             feed(device, [*tokens, 0], capacity=capacity)
+            lil_ops.check_errors()
 
 
 def test_empty(device):
@@ -205,6 +281,35 @@ def test_a_row_can_be_emptied(device):
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
+def test_a_slot_can_be_used_again(device):
+    """A row that is emptied starts anew beside rows that go on, whatever was in it."""
+    g = torch.Generator().manual_seed(3)
+    state, rows = ops.lz77_state(4, 600, device), [[] for _ in range(4)]
+    for turn in range(40):
+        again = turn * 7 % 4
+        state[again].zero_()
+        rows[again] = []
+        tokens = torch.randint(0, 1 + turn % 5, (4, 60), generator=g)
+        counts = torch.tensor([(turn * 13 + 29 * b) % (61 if turn % 3 else 3) for b in range(4)], dtype=torch.int32)
+        counts = torch.minimum(counts, 600 - torch.tensor([len(row) for row in rows])).int()
+        for row, new, count in zip(rows, tokens.tolist(), counts.tolist(), strict=True):
+            row += new[:count]
+        got = sizes_of(ops.lz77_append(state, tokens.to(device), counts.to(device), 5))
+        assert got == [brute_force(row, 5)[-1] for row in rows]
+
+
+@pytest.mark.parametrize("piece", [1, 3, 40])
+def test_another_vocabulary_size(device, piece):
+    """It sets prices alone: a token that is too large for it is still another token."""
+    tokens = torch.tensor([[5, 65541, 255, 5, 65541, 9, 5, 255, 5, 5, 255, 5] + [255, 5, 7] * 16], device=device)
+    want = [a for a, _ in brute_force(tokens[0].tolist(), 70000)]
+    state = ops.lz77_state(1, 60, device)
+    ops.lz77_append(state, tokens[:, :6], None, 70000)
+    for first in range(6, 60, piece):
+        phrases, _ = ops.lz77_append(state, tokens[:, first : min(60, first + piece)], None, 256)
+        assert phrases.item() == want[min(60, first + piece)]
+
+
 def test_one_token_vocabulary(device):
     assert feed(device, [0] * 9, vocab_size=1) == [expected([0] * 9, 1)[-1]]
 
@@ -217,6 +322,34 @@ def test_tracker(device):
     phrases, bits = tracker.append(tokens[:, 10:], counts)
     want = [expected(tokens[0].tolist(), 5)[-1], expected(tokens[1, :13].tolist(), 5)[-1]]
     assert list(zip(phrases.tolist(), bits.tolist(), strict=True)) == want
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_states_move_between_devices(device, name):
+    """What one backend left, the other goes on with; also in the midst of a phrase."""
+    tokens, other = SEQUENCES[name], "cpu" if device == "cuda" else device
+    want = expected(tokens)
+    for pieces in ([1], [40], [1, 20, 1, 30]):
+        state, place, turn = ops.lz77_state(1, len(tokens), other), 0, 0
+        while place < len(tokens):
+            part = torch.tensor([tokens[place : place + pieces[turn % len(pieces)]]], device=state.device)
+            place += part.size(1)
+            assert sizes_of(ops.lz77_append(state, part, None, VOCAB)) == [want[place]]
+            turn += 1
+            if turn % 2:
+                state = state.to(device if state.device.type == other else other)
+
+
+def test_a_million_tokens(device):
+    n = 1 << 20
+    tokens = torch.randint(0, 1000, (1, n), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    tokens[0, n // 2 :] = tokens[0, 77 : 77 + n // 2].clone()
+    phrases, bits = _C.lz77_trace(tokens[0].numpy(), 1000)
+    tokens, state = tokens.to(device), ops.lz77_state(1, n + 1, device)
+    assert sizes_of(ops.lz77_append(state, tokens[:, :-3], None, 1000)) == [(phrases[-4], bits[-4])]
+    for i in (-3, -2):
+        assert sizes_of(ops.lz77_append(state, tokens[:, i : i + 1], None, 1000)) == [(phrases[i], bits[i])]
+    assert sizes_of(ops.lz77_append(state, tokens[:, -1:], None, 1000)) == [(phrases[-1], bits[-1])]
 
 
 def int32(values, device="cpu"):
@@ -288,6 +421,78 @@ def test_damaged_header_is_seen():
             ops.lz77_append(damaged, int32([[1]]), None, 100)
     with pytest.raises(RuntimeError, match=r"rows of lil_ops\.lz77_state"):
         ops.lz77_append(state[:, : 16 * 15].contiguous(), int32([[1]]), None, 100)
+
+
+BAD = {
+    r"tokens: expected 0 to 99 (at|for)": lambda a: a["tokens"][1, 1].fill_(-3),
+    r"tokens: expected 0 to 99 .*, got": lambda a: a["tokens"][1, 0].fill_(2**32 + 1),
+    r"counts: expected 0 to \d+ tokens for sequence 1, got -1": lambda a: a["counts"][1].fill_(-1),
+    r"counts: expected 0 to \d+ tokens for sequence 1": lambda a: a["counts"][1].fill_(2**31 - 1),
+    r"state: expected": lambda a: a["state"][1].fill_(-1),
+    r"state: expected (rows|a row) of lil_ops.lz77_state": lambda a: a["state"][1, 4].fill_(10**9),
+}
+
+
+@pytest.mark.parametrize("width", [3, 30])
+@pytest.mark.parametrize("message", [*BAD, "state: expected .*room for|state: expected a capacity"])
+def test_a_bad_row_stays_as_it_was(device, message, width):
+    """On CUDA the others are done, and its result is its size; on the CPU nothing is done."""
+    capacity = 40 if message in BAD else 10 + width
+    state = ops.lz77_state(3, capacity, device)
+    sizes = ops.lz77_append(state, torch.randint(0, 100, (3, 9), device=device), int32([9, 9, 0], device), 100)
+    tokens = torch.randint(0, 2, (3, width), device=device)
+    arguments = {"state": state, "tokens": tokens, "counts": int32([2, width, 1], device), "vocab_size": 100}
+    if message in BAD:
+        BAD[message](arguments)
+    else:
+        ops.lz77_append(state, tokens[:, :2], int32([0, 2, 0], device), 100)
+        sizes = ops.lz77_append(state, tokens[:, :0], None, 100)
+    before, good = (
+        state.clone(),
+        ops.lz77_append(state[::2].clone(), tokens[::2], arguments["counts"][::2].clone(), 100),
+    )
+    with pytest.raises(RuntimeError, match=f"lil::lz77_append: {message}"):
+        got = ops.lz77_append(**arguments)
+        if device != "cpu":
+            assert torch.equal(state[1], before[1])
+            assert sizes_of(got)[::2] == sizes_of(good)
+            assert sizes_of(got)[1] == (
+                (0, 0) if "state: expected" in message and message in BAD else sizes_of(sizes)[1]
+            )
+        lil_ops.check_errors()
+    if device == "cpu":
+        assert torch.equal(state, before)
+    else:
+        lil_ops.check_errors()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_replayed_in_a_graph():
+    """Steps of one token and of many, each a graph; nothing waits for the device."""
+    tokens = torch.randint(0, 3, (4, 500), generator=torch.Generator().manual_seed(5))
+    want = [brute_force(row, 3) for row in tokens.tolist()]
+    tokens = tokens.cuda()
+    for width in (1, 50):
+        state, part = ops.lz77_state(4, 500, "cuda"), torch.zeros(4, width, dtype=torch.int64, device="cuda")
+        counts = torch.zeros(4, dtype=torch.int32, device="cuda")
+        ops.lz77_append(state, part, counts, 3)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            sizes = ops.lz77_append(state, part, counts, 3)
+        counts += width
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for first in range(0, 500, width):
+                part.copy_(tokens[:, first : first + width])
+                graph.replay()
+                eager = ops.lz77_append(state, part, torch.zeros_like(counts), 3)
+                if first % 100 == 0:
+                    torch.cuda.set_sync_debug_mode("default")
+                    assert sizes_of(sizes) == sizes_of(eager) == [row[first + width] for row in want]
+                    torch.cuda.set_sync_debug_mode("error")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("capacity", [0, -1, 2**24 + 1])

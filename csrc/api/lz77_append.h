@@ -5,7 +5,7 @@
 #include <tuple>
 
 #include "api/checks.h"
-#include "lz77.h"
+#include "lz77_state.h"
 
 namespace lil {
 

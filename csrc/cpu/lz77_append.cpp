@@ -42,6 +42,7 @@ void append_all(const Lz77AppendParams& p) {
     for (int64_t b = begin; b < end; ++b) {
       lz77::Parse parse = parse_of(p, b);
       const Token* tokens = tokens_of<Token>(p, b);
+      if (count_of(p, b) > 0 && parse.keeps(lz77::Kept::kOccurrences)) parse.grow_tree(token_bits);
       for (int64_t t = 0; t < count_of(p, b); ++t) parse.append(static_cast<int32_t>(tokens[t]), token_bits);
       p.phrases[b] = parse.phrases();
       p.bits[b] = parse.bits(token_bits);

@@ -18,6 +18,7 @@ void evict_pages(const EvictPagesParams&, const Tensor& on);
 void fold_mass(const FoldMassParams&, const Tensor& on);
 void compact_kv(const CompactKvParams&, const Tensor& on);
 void key_redundancy(const KeyRedundancyParams&, const Tensor& on);
+void lz77_append(const Lz77AppendParams&, const Tensor& on);
 void guardian_check(const GuardianCheckParams&, const Tensor& on);
 
 struct Backend {
@@ -33,6 +34,7 @@ struct Backend {
   static constexpr auto fold_mass = &cuda::fold_mass;
   static constexpr auto compact_kv = &cuda::compact_kv;
   static constexpr auto key_redundancy = &cuda::key_redundancy;
+  static constexpr auto lz77_append = &cuda::lz77_append;
   static constexpr auto guardian_check = &cuda::guardian_check;
 };
 

@@ -16,8 +16,9 @@ __device__ ErrorWord word;
 std::atomic<ErrorWord*> words[kMaxDevices];
 
 std::string message(const ErrorWord& e) {
-  static constexpr const char* kOps[] = {"append_kv",        "score_pages", "select_pages", "sparse_decode",
-                                         "information_loss", "evict_pages", "compact_kv",   "key_redundancy"};
+  static constexpr const char* kOps[] = {"append_kv",     "score_pages",      "select_pages",
+                                         "sparse_decode", "information_loss", "evict_pages",
+                                         "compact_kv",    "key_redundancy",   "lz77_append"};
   const auto expected = [&]() -> std::string {
     switch (e.wrong) {
       case Wrong::kSeqLens:
@@ -46,6 +47,14 @@ std::string message(const ErrorWord& e) {
         return text("positions: expected at least ", e.limit, " for");
       case Wrong::kPositionsShort:
         return text("positions: expected a capacity of at least ", e.limit, " for");
+      case Wrong::kTokens:
+        return text("tokens: expected 0 to ", e.limit, " for");
+      case Wrong::kTokenCounts:
+        return text("counts: expected 0 to ", e.limit, " tokens for");
+      case Wrong::kRoom:
+        return text("state: expected a capacity of at least ", e.limit, " for");
+      case Wrong::kState:
+        return "state: expected a row of lil_ops.lz77_state, which only lz77_append writes, for";
       default:
         return "";
     }

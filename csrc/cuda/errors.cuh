@@ -14,7 +14,8 @@ enum class Op : int32_t {
   kInformationLoss,
   kEvictPages,
   kCompactKv,
-  kKeyRedundancy
+  kKeyRedundancy,
+  kLz77Append
 };
 
 enum class Wrong : int32_t {
@@ -31,7 +32,11 @@ enum class Wrong : int32_t {
   kKeep,
   kKeepCounts,
   kPositions,
-  kPositionsShort
+  kPositionsShort,
+  kTokens,
+  kTokenCounts,
+  kRoom,
+  kState
 };
 
 struct ErrorWord {

@@ -8,6 +8,7 @@
 #include "api/guardian_check.h"
 #include "api/information_loss.h"
 #include "api/key_redundancy.h"
+#include "api/lz77_append.h"
 #include "api/score_pages.h"
 #include "api/select_pages.h"
 #include "api/sparse_decode.h"
@@ -26,5 +27,6 @@ STABLE_TORCH_LIBRARY_IMPL(lil, CUDA, m) {
   m.impl("fold_mass", TORCH_BOX(&lil::fold_mass<Backend>));
   m.impl("compact_kv", TORCH_BOX(&lil::compact_kv<Backend>));
   m.impl("key_redundancy", TORCH_BOX(&lil::key_redundancy<Backend>));
+  m.impl("lz77_append", TORCH_BOX(&lil::lz77_append<Backend>));
   m.impl("guardian_check", TORCH_BOX(&lil::guardian_check<Backend>));
 }
