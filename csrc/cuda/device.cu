@@ -11,10 +11,10 @@ __global__ void probe() {}
 void read(int index, Device& device) {
   cudaFuncAttributes code{};
   int major = 0, shared = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&device.sms, cudaDevAttrMultiProcessorCount, index));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-  STD_CUDA_CHECK(cudaFuncGetAttributes(&code, probe));
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+  check_cuda(cudaDeviceGetAttribute(&device.sms, cudaDevAttrMultiProcessorCount, index));
+  check_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  check_cuda(cudaFuncGetAttributes(&code, probe));
   device.index = index;
   device.major = std::min(major, code.ptxVersion / 10);
   device.max_shared = shared;
@@ -26,7 +26,7 @@ const Device& current_device() {
   static Device devices[kMaxDevices];
   static std::once_flag once[kMaxDevices];
   int index = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&index));
+  check_cuda(cudaGetDevice(&index));
   std::call_once(once[index], [&] { read(index, devices[index]); });
   return devices[index];
 }

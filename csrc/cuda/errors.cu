@@ -1,5 +1,4 @@
 #include <cuda_runtime.h>
-#include <torch/csrc/stable/macros.h>
 
 #include <atomic>
 #include <string>
@@ -69,7 +68,7 @@ ErrorWord* error_word() {
   ErrorWord* found = there.load(std::memory_order_relaxed);
   if (found == nullptr) {
     void* address = nullptr;
-    STD_CUDA_CHECK(cudaGetSymbolAddress(&address, word));
+    check_cuda(cudaGetSymbolAddress(&address, word));
     found = static_cast<ErrorWord*>(address);
     there.store(found, std::memory_order_relaxed);
   }

@@ -5,17 +5,22 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <mutex>
 #include <stdexcept>
+#include <string>
 
 #include "params.h"
 
 namespace lil::cuda {
 
 using torch::stable::Tensor;
+
+// torch's own STD_CUDA_CHECK, compiled against 2.13, needs a function that 2.11 does not have.
+inline void check_cuda(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("lil_ops: CUDA: ") + cudaGetErrorString(error));
+}
 
 // What the launchers ask of a device, read once.
 // major: of the code that runs there, which may be older than the device (PTX of an earlier architecture).
@@ -60,7 +65,7 @@ struct Launch {
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = count;
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+    check_cuda(cudaLaunchKernelEx(&config, kernel, args...));
   }
 
  private:
@@ -82,7 +87,7 @@ void allow_shared(size_t bytes) {
   const std::lock_guard lock(mutex);
   size_t& there = allowed[current_device().index];
   if (there >= bytes) return;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  check_cuda(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
   there = bytes;
 }
 
