@@ -5,8 +5,8 @@ Builds in place for the GPUs found, with the Python that runs this: it has a tor
 names for building and testing; nothing is installed. Then ``test`` runs the operators' test files (ARGUMENTS go to
 pytest, whose exit code is returned; LIL_RANDOM_CASES=10000 for so many random cases), ``sanitize`` runs some of them
 under each tool of compute-sanitizer (LIL_SANITIZER="memcheck racecheck" for some of the tools), ``bench`` runs
-bench/peers.py (ARGUMENTS go there) and bench/policies_gpu.py, and ``policies`` the latter alone (ARGUMENTS go there).
-Tests run in several processes where pytest-xdist is there.
+bench/peers.py (ARGUMENTS go there), bench/policies_gpu.py and bench/engine_gpu.py, and ``policies`` the second alone
+(ARGUMENTS go there). Tests run in several processes where pytest-xdist is there.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def main(arguments: list[str]) -> int:
     python = [sys.executable]
     tests = [*python, "-m", "pytest", *PROCESSES, *operator_tests()]
     policies = [*python, str(ROOT / "bench" / "policies_gpu.py")]
+    engine = [*python, str(ROOT / "bench" / "engine_gpu.py")]
     if what == "bench":
-        commands = [[*python, str(ROOT / "bench" / "peers.py"), *arguments], policies]
+        commands = [[*python, str(ROOT / "bench" / "peers.py"), *arguments], policies, engine]
     elif what == "policies":
         commands = [[*policies, *arguments]]
     elif what == "test":
