@@ -98,6 +98,9 @@ def cpu_lines(result: dict) -> list[str]:
             share = f"{row['share_of_read']:.0%}" if "share_of_read" in row else ""
             rate = f"{row['gb_s']:.1f}" if "gb_s" in row else ""
             lines.append(f"| {case} | {row['variant']} | {_time(row['median_us'])} | {rate} | {share} | {ratio} |")
+    if result["again"]:
+        parts = (f"{case} (commit {commit})" for case, commit in result["again"].items())
+        lines += ["", f"Run again by themselves: {'; '.join(parts)}."]
     return lines + _cpu_decisions(tables.get("decisions", [])) + _long_decodes(tables.get("long decode", []))
 
 

@@ -2,6 +2,7 @@
 """Run the CPU benchmarks and keep the result: bench/run.py [PYTEST ARGUMENTS ...]
 
 Writes bench/results/cpu.json (medians, machine, versions, date, commit) and, from it, docs/performance.md (report.py).
+With ARGUMENTS, such as -k long_decode, the cases that they leave replace those of the file, which says so.
 """
 
 from __future__ import annotations
@@ -39,7 +40,12 @@ def run(arguments: list[str]) -> None:
             row["share_of_read"] = round(rate / bandwidth, 3)
         cases.setdefault(info.pop("case"), []).append(row | info)
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(stamp("make bench", threads=2) | {"cases": cases}, indent=1) + "\n")
+    result = stamp("make bench", threads=2) | {"again": {}, "cases": cases}
+    if arguments and RESULT.exists():
+        result = json.loads(RESULT.read_text())
+        result["cases"] |= cases
+        result["again"] |= dict.fromkeys(cases, commit())
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def stamp(command: str, threads: int) -> dict:

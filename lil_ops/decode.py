@@ -94,6 +94,7 @@ class DecodeLoop:
         self._output: list[list[int]] = [[] for _ in range(batch)]
         self._reasons = [StopReason.RUNNING] * batch
         self._step_times: list[float] = []
+        self._lost = torch.zeros(batch)
         self._kv_bytes = [0] * batch
 
     def __enter__(self) -> DecodeLoop:
@@ -138,6 +139,7 @@ class DecodeLoop:
             kv_bytes_peak=self.cache.kv.bytes_peak,
             lz77=curves,
             events=[list(course.events) for course in self._courses],
+            lost_bits=None if self.cache.lost_bits is None else self._mean_loss(),
             # A stopped row's pages are free again, so it has none now.
             kv_bytes=[self._kv_bytes[row] or self.cache.kv.bytes_of(row) for row in range(len(self._output))],
         )
@@ -163,6 +165,8 @@ class DecodeLoop:
         self._stop.masked_fill_(ended, StopReason.EOS)
         if self._watch:
             lost = None if self.cache.lost_bits is None else self.cache.lost_bits.cpu()
+            if lost is not None:
+                self._lost[self._rows] += lost[self._rows]
             now = self._tokens[:, 0], phrases, bits, self._num_tokens, self._counts > 0, lost, self._stop
             self._watch.check(Progress(*now))
             self._act()
@@ -191,6 +195,11 @@ class DecodeLoop:
             gain={row: gain[0][row] for row in served} if gain else {},
             kv_bytes=self.cache.kv.bytes_in_use,
         )
+
+    def _mean_loss(self) -> list[float]:
+        """Bits lost in a decode step, of which the first token needs none."""
+        steps = [max(1, len(tokens) - 1) for tokens in self._output]
+        return [lost / count for lost, count in zip(self._lost.tolist(), steps, strict=True)]
 
     def _act(self) -> None:
         """Rows of whose stop an action makes something else go on."""

@@ -116,6 +116,20 @@ def test_every_record_is_what_generate_gives(recorded, folder):
     assert {record["stop"] for record in run.records.values()} == {"guardian", "length"}
 
 
+def test_what_a_stop_rule_brings_about(evaluate, tmp_path):
+    quest = ["--policy", "quest:dense_layers=0:scoring=meanstd", "--budget", 16, "--limit", 2]
+    stops = ["--stop", "guardian:10:99+answer,loss:10:99+rescue", "--answer-text", "So:", "--answer-tokens", 3]
+    assert evaluate(*quest, *stops)[0] == 0
+    name = "quest-16-dense_layers=0-scoring=meanstd"
+    for record in read(tmp_path / "runs" / f"{name}.guardian-10-99+answer.jsonl").records.values():
+        assert record["events"] == [[10, "answer"]] and len(record["tokens"]) == 16 and "So:" in record["text"]
+        assert record["lost_bits"] is None
+    for record in read(tmp_path / "runs" / f"{name}.loss-10-99-1+rescue.jsonl").records.values():
+        assert record["events"] == [[10, "rescue"]] and len(record["tokens"]) == 20
+        assert record["lost_bits"] > 0
+    assert_user_error_at_last(evaluate("--stop", "guardian+answer", "--limit", 1), "Answer: text: the chat template")
+
+
 def test_the_same_command_again_runs_nothing(evaluate, monkeypatch, tmp_path):
     code, out, err = evaluate("--stop", f"off,{GUARDIAN}")
     assert (code, err) == (0, "") and "5 problems" in out and "dense, guardian:10:8" in out

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lil_ops import _C, Guardian
+from lil_ops import _C, Answer, Guardian, Rescue
 from lil_ops.evaluation import data, grid, stops, summary
 from lil_ops.evaluation.answers import checker, last_boxed
 from lil_ops.evaluation.document import Document, Heading, Paragraph, Table
@@ -154,6 +154,15 @@ def test_stop_rules_by_name():
     assert stops.parse("guardian:64:40:bits") == Guardian(64, 40, "bits")
     for name in ("off", "guardian:250:20", "guardian:64:2.5", "guardian:64:40:bits", "repetition:32:1:4", "tokens:500"):
         assert stops.canonical(name) == name
+    for name in ("loss:64:5:2", "guardian:64:5+answer", "repetition:32:1:4+rescue", "loss:9:1:1+rescue+answer"):
+        assert stops.canonical(name) == name
+    assert stops.parse("loss:64:5:2") == Guardian(64, 5, loss_aware=True, loss_weight=2)
+    assert stops.parse("guardian:64:5+answer") == Guardian(64, 5)
+    answer = Answer((1, 2))
+    assert [stops.action(f"guardian{end}", answer) for end in ("", "+answer", "+rescue", "+rescue+answer")] == [
+        None, answer, Rescue(), Rescue(then=answer),
+    ]  # fmt: skip
+    assert [stops.answers(f"guardian{end}") for end in ("", "+answer", "+rescue", "+rescue+answer")] == [0, 1, 0, 1]
     assert stops.canonical("guardian") == "guardian:250:20" and stops.canonical("guardian:9:5.0") == "guardian:9:5"
     for name, message in [
         ("sometimes", "unknown stop rule 'sometimes': expected one of off, guardian"),
@@ -163,6 +172,9 @@ def test_stop_rules_by_name():
         ("guardian:64:5:bytes", "unit: expected"),
         ("guardian:1:2:bits:4", "expected numbers"),
         ("off:1", "stop rule 'off:1'"),
+        ("off+answer", "expected one of answer, rescue, rescue.answer behind a rule"),
+        ("guardian+sleep", "expected one of answer, rescue, rescue.answer behind a rule"),
+        ("loss:64", "expected loss:INTERVAL:THRESHOLD"),
         ("tokens", "expected numbers"),
         ("repetition:0", "max_pattern: expected"),
     ]:

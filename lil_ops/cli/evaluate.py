@@ -41,7 +41,8 @@ def evaluate(
         str,
         option(
             GRID,
-            "Stop rules, comma-separated: off, guardian[:INTERVAL:THRESHOLD[:bits]], repetition, tokens:COUNT.",
+            "Stop rules, comma-separated: off, guardian[:INTERVAL:THRESHOLD[:bits]], loss[:INTERVAL:THRESHOLD[:WEIGHT]]"
+            ", repetition, tokens:COUNT; +answer, +rescue or +rescue+answer behind one for what it brings about.",
             show_default=True,
         ),
     ] = "off",
@@ -65,6 +66,11 @@ def evaluate(
         str,
         option(PROBLEMS, "How to find the answer in a text: math, boxed, number or regex:PATTERN.", show_default=True),
     ] = "math",
+    answer_text: Annotated[
+        str | None,
+        option(GRID, "What closes the thinking for +answer.", show_default="</think>, if the template has it"),
+    ] = None,
+    answer_tokens: Annotated[int, option(GRID, "The most tokens of such an answer.", show_default=True, min=1)] = 256,
     max_new_tokens: Annotated[int, option(GENERATION, "The most tokens to generate.", show_default=True, min=1)] = 1024,
     ignore_eos: Annotated[bool, option(GENERATION, "Go on after an end-of-sequence token.", "--ignore-eos")] = False,
     temperature: Annotated[float, option(GENERATION, "0 is greedy.", show_default=True)] = 0.0,
@@ -119,7 +125,7 @@ def evaluate(
     try:
         with console.status(Text(f"loading {model}")), nullcontext() if verbose else session.quiet():
             network, tokenizer = session.load(model, dtype, device, threads)
-            runner = _runner(network, tokenizer, problems, checker, options)
+            runner = _runner(network, tokenizer, problems, checker, options, combinations)
             refused = _refused(runner, combinations)
         if len(refused) == len(combinations):
             raise UserError(next(iter(refused.values())))
@@ -133,8 +139,17 @@ def evaluate(
     print_summary(console, runs)
 
 
-def _runner(network, tokenizer, problems: list[Problem], checker: Checker, options: dict) -> Runner:
+def _runner(
+    network,
+    tokenizer,
+    problems: list[Problem],
+    checker: Checker,
+    options: dict,
+    combinations: list[Combination],
+) -> Runner:
     """The model with the problems' prompts."""
+    from lil_ops import Answer
+    from lil_ops.evaluation import stops
     from lil_ops.evaluation.runner import Runner
 
     prompts = []
@@ -146,7 +161,13 @@ def _runner(network, tokenizer, problems: list[Problem], checker: Checker, optio
     loop_options = {name: options[name] for name in LOOP_OPTIONS}
     if options["ignore_eos"]:
         loop_options["eos_token_id"] = ()
-    return Runner(network, tokenizer, problems, prompts, checker, loop_options, options["seed"], options["batch"])
+    final = None
+    if any(stops.answers(each.stop) for each in combinations):
+        with user_errors(ValueError):
+            final = Answer.from_tokenizer(tokenizer, options["answer_text"], options["answer_tokens"])
+    return Runner(
+        network, tokenizer, problems, prompts, checker, loop_options, options["seed"], options["batch"], final
+    )
 
 
 def _refused(runner: Runner, combinations: list[Combination]) -> dict[str, str]:
@@ -165,6 +186,7 @@ def _settings(runner: Runner, fingerprint: str, options: dict) -> dict:
     chat = options["chat"]
     return {
         **{name: options[name] for name in ("model", "data", "template", "ignore_eos", "seed", "batch", "device")},
+        **{name: options[name] for name in ("answer_text", "answer_tokens")},
         **{name: options[name] for name in LOOP_OPTIONS},
         "answer_by": options["answer"],
         "chat": bool(runner.tokenizer.chat_template) if chat is None else chat,

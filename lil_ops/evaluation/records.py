@@ -35,7 +35,8 @@ RECORD = {
     "jct_s": NUMBER,  # both together, until its last token
     "kv_bytes": int,  # the problem's part of the cache, at its end: its peak
     "phrases": int,  # LZ77 size of the tokens
-    "information_loss": (int, float, type(None)),  # null: not measured
+    "lost_bits": (int, float, type(None)),  # mean of the steps, see `LilCache`; null: not measured
+    "events": list,  # what the stop rule brought about: [tokens so far, "answer", "rescue" or "recovered"]
     "text": str,  # without special tokens
     "lengths": list,  # characters of ``text`` that each token completes
     "tokens": list,  # the new ids

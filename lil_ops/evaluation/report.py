@@ -206,13 +206,13 @@ def _stop_rules(document: Document, runs: list[dict]) -> None:
 
 
 def _loss(document: Document, runs: list[dict]) -> None:
-    measured = [run for run in runs if run["information_loss"]]
+    measured = [run for run in runs if run["lost_bits"]]
     document.add(Heading(3, "Information loss"))
     if not measured:
         document.add(Paragraph("Left out: no run has measured it."))
         return
-    rows = [[run["name"], str(run["information_loss"].n), number(run["information_loss"], 4)] for run in measured]
-    document.add(Table(["run", "n", "softmax mass not read, mean"], rows))
+    rows = [[run["name"], str(run["lost_bits"].n), number(run["lost_bits"], 4)] for run in measured]
+    document.add(Table(["run", "n", "bits lost a step, mean"], rows))
 
 
 def _sensitivity(document: Document, numbers: dict, figures: Figures) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lil_ops.actions import Answer
 from lil_ops.decode import DecodeLoop
 from lil_ops.evaluation import stops
 from lil_ops.evaluation.answers import Checker
@@ -35,6 +36,7 @@ class Runner:
     loop_options: dict
     seed: int
     batch: int
+    answer: Answer | None = None  # what stop rules bring about that answer
 
     def check(self, combination: Combination) -> None:
         """Raise ValueError where the longest prompt, and so some batch, cannot be run."""
@@ -89,7 +91,8 @@ class Runner:
             "jct_s": sum(times),
             "kv_bytes": result.kv_bytes[row],
             "phrases": result.phrases[row],
-            "information_loss": None,
+            "lost_bits": result.lost_bits[row] if result.lost_bits else None,
+            "events": [list(event) for event in result.events[row]],
             "text": text,
             "lengths": [len(piece) for piece in pieces],
             "tokens": tokens,
@@ -108,6 +111,7 @@ class Runner:
                 [self.prompts[i] for i in batch],
                 policy=combination.policy,
                 guardian=stops.parse(combination.stop),
+                action=stops.action(combination.stop, self.answer),
                 # By problem: draws depend neither on the batch nor on the order of the problems.
                 seed=[seed_of(self.seed, self.problems[i].id) for i in batch],
                 **{**self.loop_options, **overrides},

@@ -1,4 +1,5 @@
-"""Stop rules by name, as the command line writes them: ``off``, ``guardian``, ``guardian:64:5``.
+"""Stop rules by name, as the command line writes them: ``off``, ``guardian``, ``guardian:64:5``; and what they bring
+about where it is not the end: ``guardian:64:5+answer``, ``...+rescue``, ``...+rescue+answer``.
 
 A rule of another kind is a subclass of `StopRule`, and an entry of `RULES`.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from lil_ops.actions import Action, Answer, Rescue
 from lil_ops.baselines import Repetition, TokenBudget
 from lil_ops.guardian import Guardian
 from lil_ops.stopping import StopRule
@@ -29,9 +31,16 @@ def guardian_parts(rule: Guardian) -> list[str]:
     return [str(rule.interval), f"{rule.threshold:g}", *([rule.unit] if rule.unit != "phrases" else [])]
 
 
+def loss(interval: str = "250", threshold: str = "20", weight: str = "1") -> Guardian:
+    """``loss[:INTERVAL:THRESHOLD[:WEIGHT]]``: the loss-aware Guardian."""
+    return Guardian(int(interval), float(threshold), loss_aware=True, loss_weight=float(weight))
+
+
+ACTIONS = ("", "answer", "rescue", "rescue+answer")
 RULES = {
     "off": Kind(lambda: None, lambda rule: []),
     "guardian": Kind(guardian, guardian_parts),
+    "loss": Kind(loss, lambda rule: [str(rule.interval), f"{rule.threshold:g}", f"{rule.loss_weight:g}"]),
     # MAX_PATTERN:MIN_PATTERN:COUNT
     "repetition": Kind(
         lambda *parts: Repetition(*map(int, parts)),
@@ -43,11 +52,14 @@ RULES = {
 
 def parse(name: str) -> StopRule | None:
     """The rule of this name; None for ``off``. Raises ValueError for a name that means none."""
-    kind, *parts = name.split(":")
+    written, _, action = name.partition("+")
+    kind, *parts = written.split(":")
+    if action not in ACTIONS or (action and kind == "off"):
+        raise ValueError(f"stop rule {name!r}: expected one of {', '.join(ACTIONS[1:])} behind a rule and its +")
     if kind not in RULES:
         raise ValueError(f"unknown stop rule {name!r}: expected one of {', '.join(RULES)}, as in guardian:64:5")
-    if kind == "guardian" and len(parts) == 1:
-        raise ValueError(f"stop rule {name!r}: expected guardian:INTERVAL:THRESHOLD, or guardian alone")
+    if kind in ("guardian", "loss") and len(parts) == 1:
+        raise ValueError(f"stop rule {name!r}: expected {kind}:INTERVAL:THRESHOLD, or {kind} alone")
     try:
         return RULES[kind].make(*parts)
     except (TypeError, ValueError) as error:
@@ -58,6 +70,18 @@ def parse(name: str) -> StopRule | None:
 
 def canonical(name: str) -> str:
     """One name for one rule: ``guardian`` and ``guardian:250:20`` are the same."""
-    kind = name.partition(":")[0]
-    rule = parse(name)
-    return ":".join([kind, *RULES[kind].parts(rule)])
+    rule, (written, plus, action) = parse(name), name.partition("+")
+    kind = written.partition(":")[0]
+    return ":".join([kind, *RULES[kind].parts(rule)]) + plus + action
+
+
+def answers(name: str) -> bool:
+    """Whether the rule of this name may bring about an answer."""
+    return "answer" in name.partition("+")[2]
+
+
+def action(name: str, answer: Answer | None) -> Action | None:
+    """What the rule of this name brings about; ``answer`` is the one to give, where `answers`."""
+    wanted = name.partition("+")[2]
+    then = answer if answers(name) else None
+    return Rescue(then=then) if wanted.startswith("rescue") else then

@@ -59,7 +59,7 @@ def summary(runs: list[Run], intervals: Sequence[int], thresholds: Sequence[floa
 def _run(run: Run, dense: Run | None, free: Run | None) -> dict:
     records = list(run.records.values())
     lengths = [len(record["tokens"]) for record in records]
-    losses = [record["information_loss"] for record in records if record["information_loss"] is not None]
+    losses = [record["lost_bits"] for record in records if record["lost_bits"] is not None]
     return {
         "name": run.name,
         "policy": run.policy,
@@ -77,7 +77,7 @@ def _run(run: Run, dense: Run | None, free: Run | None) -> dict:
         "jct_s": mean([record["jct_s"] for record in records]),
         "kv_bytes": mean([record["kv_bytes"] for record in records]),
         "phrases_per_token": ratio([record["phrases"] for record in records], lengths),
-        "information_loss": mean(losses) if losses else None,
+        "lost_bits": mean(losses) if losses else None,
         "against_dense": None if dense is None or run is dense else _against(run, dense),
         "against_off": None if free is None or run is free else _against(run, free),
     }
