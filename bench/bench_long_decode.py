@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 TOKENS = int(os.environ.get("LIL_LONG_DECODE", 20_000))
 EARLY, WINDOW, BUDGET = TOKENS // 20, TOKENS // 20, 512
+PROMPT = [list(range(32))]
 STATM = Path("/proc/self/statm")
 NAMES = ["full", *(name for name, policy in POLICIES.items() if policy.memory == "bounded")]
 
@@ -40,24 +41,36 @@ def test_long_decode(benchmark, model, name):
     torch.set_num_threads(1)  # so small a step gains nothing from a second one
     options = {} if name == "full" else {"policy": name, "budget": BUDGET}
     options |= {"guardian": Guardian(250, 0), "max_new_tokens": TOKENS, "eos_token_id": ()}
-    resident = {}
-    with DecodeLoop(model, [list(range(32))], **options) as loop:
-        for event in loop:
-            if event.step + 1 in (EARLY + WINDOW, TOKENS):
-                resident[event.step + 1] = resident_mb()
-    times = loop.result().step_times
-    early, late = times[EARLY : EARLY + WINDOW], times[TOKENS - WINDOW :]
-    assert len(times) == TOKENS
+    with DecodeLoop(model, PROMPT, **options) as old, DecodeLoop(model, PROMPT, **options) as young:
+        for loop, tokens in (old, EARLY + WINDOW), (young, EARLY):
+            run(loop, tokens)
+        early_mb = resident_mb()
+        run(old, TOKENS - EARLY - 2 * WINDOW)
+        # In turn, so that both meet the machine in the same state.
+        for _ in range(WINDOW):
+            old.step()
+            young.step()
+        late_mb = resident_mb()
+    late, early = (loop.result().step_times[-WINDOW:] for loop in (old, young))
+    assert len(old.result().tokens[0]) == TOKENS
     facts = {
         "early_us": round(statistics.median(early) * 1e6, 1),
         "late_us": round(statistics.median(late) * 1e6, 1),
-        "early_mb": resident[EARLY + WINDOW],
-        "late_mb": resident[TOKENS],
-        "cache_kb": round(loop.cache.kv.bytes_peak / 1024),
+        "early_mb": early_mb,
+        "late_mb": late_mb,
+        "cache_kb": round(old.cache.kv.bytes_peak / 1024),
     }
     case = f"long decode, {TOKENS} tokens, budget {BUDGET}, batch 1"
     seconds = [statistics.median(part) for part in (late[i::5] for i in range(5))]
     report(benchmark, case, name, seconds, table="long decode", tokens=TOKENS, budget=BUDGET, window=WINDOW, **facts)
+
+
+def run(loop, tokens):
+    if not loop.result().step_times:
+        loop.prefill()
+        tokens -= 1
+    for _ in range(tokens):
+        loop.step()
 
 
 def resident_mb():

@@ -63,9 +63,9 @@ MOST_SHARE, MOST_ADDED, ASKED_CONTEXT = 0.15, 10, 32768
 LONG_DECODE = """### Long decodes
 
 A tiny random model (one layer, 4 query and 2 KV heads of 64, float32), budget {budget}, with a Guardian: the median
-time between tokens over {window} tokens from the {window}th on, and over the last {window} of {tokens}. *Process*:
-resident memory at the end of either. *Cache*: the most that was in use. Asked of those that are bounded: 1.05x.
-**Bold**: misses it.
+time between tokens over {window} tokens from the {window}th on, and over the last {window} of {tokens} of another run,
+a step of either in turn. *Process*: resident memory before and after the tokens between. *Cache*: the most that was in
+use. Asked of those that are bounded: 1.05x. **Bold**: misses it.
 
 | policy | early | late | late / early | process, early | late | cache |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |"""
