@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 import warnings
 from pathlib import Path
 
 import torch
 import transformers as hf
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from run import commit
+from timers import read_bandwidth
 
 from lil_ops import Engine, Guardian, Request
 
@@ -39,20 +44,6 @@ def model_of(shape: str) -> torch.nn.Module:
             return hf.AutoModelForCausalLM.from_config(config(**options)).eval()
         finally:
             torch.set_default_dtype(torch.float32)
-
-
-def read_bandwidth() -> float:
-    """Bytes a second of a bf16 sum over 2 GB."""
-    data = torch.ones(1 << 30, dtype=torch.bfloat16, device="cuda")
-    times = []
-    for _ in range(6):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        data.sum()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return data.numel() * 2 / sorted(times)[2]
 
 
 def bytes_of_step(model: torch.nn.Module, batch: int) -> int:

@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from report import report  # noqa: E402
 from sequences import INPUTS, VOCAB  # noqa: E402
+from timers import layer_us, read_bandwidth  # noqa: E402
 
 import lil_ops  # noqa: E402
 
@@ -59,7 +60,6 @@ FLEX_CASES = [("A", 1, 32768), ("A", 8, 32768)]
 SHORT = [("A", 1, 1024), ("A", 1, 2048), ("A", 1, 4096), ("A", 8, 2048), ("A", 8, 4096)]
 FP8_SCALE = 1 / 32  # normal keys and values stay well inside float8's range
 COLD_BYTES = 150 << 20  # three times the L2 of an H100: what a round of layers must touch
-REPEATS = 15
 RESULT = ROOT / "bench" / "results" / "cuda.json"
 
 
@@ -312,31 +312,7 @@ def time_us(c: Case, step: Step) -> float:
     with torch.cuda.graph(graph, stream=stream):
         for x in c.layers:
             step(x)
-    rounds = max(1, 64 // c.num_layers)
-    times = []
-    for _ in range(REPEATS + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(rounds):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / rounds / c.num_layers)
-    return statistics.median(times[2:])
-
-
-def read_bandwidth() -> float:
-    """Bytes a second of a bf16 sum over 2 GB."""
-    data = torch.ones(1 << 30, dtype=torch.bfloat16, device="cuda")
-    times = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        data.sum()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return data.numel() * 2 / statistics.median(times[2:])
+    return layer_us(graph, c.num_layers)
 
 
 def best_peer(times: dict[str, float], kind: str) -> float | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -25,12 +24,13 @@ sys.path.insert(0, str(ROOT))
 from policy_case import BUDGET, CONTEXTS, HEAD_DIM, KV_HEADS, NAMES, PAGE_SIZE, DenseCase, PolicyCase  # noqa: E402
 from report import report  # noqa: E402
 from run import commit  # noqa: E402
+from timers import layer_us  # noqa: E402
 
 import lil_ops  # noqa: E402
 
 CASES = [(1, context) for context in CONTEXTS] + [(8, context) for context in CONTEXTS[:2]]
 COLD_BYTES = 150 << 20  # three times the L2 of an H100
-REPEATS, SPARE = 15, 512
+SPARE = 512
 RESULT = ROOT / "bench" / "results" / "policies_cuda.json"
 
 
@@ -44,21 +44,6 @@ def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         step()
     return graph
-
-
-def time_us(graph: torch.cuda.CUDAGraph, layers: int) -> float:
-    """Microseconds of one layer. Not more than SPARE replays."""
-    rounds = max(1, 64 // layers)
-    times = []
-    for _ in range(REPEATS + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(rounds):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / rounds / layers)
-    return round(statistics.median(times[2:]), 2)
 
 
 def launches(step: Callable[[], object]) -> int:
@@ -86,7 +71,7 @@ def decision(name: str, batch: int, context: int) -> dict:
     graph = captured(step)
     for _ in range(BUDGET if case.bounded else 0):  # heads are full, and evict
         graph.replay()
-    us = time_us(graph, len(case.layers))
+    us = round(layer_us(graph, len(case.layers)), 2)
     lil_ops.check_errors()
     row = {"us": us, "launches": round(count / len(case.layers), 1), "layers": len(case.layers)}
     return row if case.policy.on_device else row | {"note": "steps without a cut"}
@@ -104,7 +89,7 @@ def baseline(batch: int, context: int) -> dict:
     result = {}
     for name, step, layers in (("dense_us", dense.attend, 1), ("append_us", append, appends)):
         step()
-        result[name] = time_us(captured(step), dense.num_layers * layers)
+        result[name] = round(layer_us(captured(step), dense.num_layers * layers), 2)
         print(f"batch {batch} context {context} {name:12} {result[name]:9.2f}", flush=True)
     return result
 

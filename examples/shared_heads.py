@@ -26,16 +26,7 @@ class SharedHeads(Policy):
         step = cache.step_of(layer)  # the rows at hand: page table, lengths, prompts
         scores = ops.score_pages(q, cache.summary[layer], step.page_table, step.seq_lens, cache.page_size, scale=scale)
         shared = scores.amax(1, keepdim=True).expand_as(scores)
-        pages, counts = ops.select_pages(
-            shared,
-            step.seq_lens,
-            cache.page_size,
-            self.budget_of(layer),
-            sink=self.sink,
-            recent=self.recent,
-            protected_lens=self.protected_lens(cache, layer),
-        )
-        return Selection(pages, counts)
+        return Selection(*self.best_pages(layer, shared, cache))  # in the budget, with sink and recent tokens
 
 
 def main(model_name: str, question: str) -> None:

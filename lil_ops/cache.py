@@ -90,12 +90,22 @@ class Step:
 
     def take(self, state: torch.Tensor) -> torch.Tensor:
         """The step's rows of a tensor that has one entry a cache row: the tensor itself where the step serves all."""
-        return state if self.rows == list(range(len(state))) else state[self.rows]
+        index = self._index(state)
+        return state if index is None else state[index]
 
     def put(self, state: torch.Tensor, part: torch.Tensor) -> None:
         """Put back what was taken and changed."""
         if part is not state:
-            state[self.rows] = part
+            state[self._index(state)] = part
+
+    def _index(self, state: torch.Tensor) -> torch.Tensor | None:
+        """The rows on the device, made once: a list would be sent there anew in every layer. None: all, in order."""
+
+        def make() -> torch.Tensor | None:
+            everything = self.rows == list(range(len(state)))
+            return None if everything else torch.tensor(self.rows, device=state.device)
+
+        return self.once("rows", make)
 
 
 class Pool:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from lil_ops import _C
-from lil_ops.actions import Action, Course, Rescue
+from lil_ops.actions import Action
 from lil_ops.integrations.attach import attach
-from lil_ops.integrations.transformers import NAME, LilCache, cache_argument
+from lil_ops.loop import ModelLoop, TokenIds, check_prompts, eos_ids, uniforms
 from lil_ops.policies import Policy
 from lil_ops.result import GenerationResult, StepEvent
-from lil_ops.sampling import check_sampling, sample
+from lil_ops.sampling import sample
 from lil_ops.stopping import Lz77Tracker, Progress, StopReason, StopRule
 
-TokenIds = torch.Tensor | Sequence[torch.Tensor | Sequence[int]]
 
-
-class DecodeLoop:
+class DecodeLoop(ModelLoop):
     """Decodes a batch step by step. Arguments and errors as in `generate`, but the batch must not be empty.
 
     A context manager, which gives the model attention "lil" and on leaving puts back what it had. Iterating runs it::
@@ -52,37 +50,31 @@ class DecodeLoop:
         page_size: int = 16,
         **policy_options,
     ):
-        check_sampling(temperature, top_k, top_p)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-        self._model = model
-        self._vocab_size = attach(model).vocab_size
-        self._prompts = _check_prompts(input_ids, self._vocab_size)
+        self._prompts = check_prompts(input_ids, attach(model).vocab_size)
         lengths = [len(prompt) for prompt in self._prompts]
         batch = len(lengths)
-        self.cache = LilCache(
-            model, policy, batch=batch, max_tokens=max(lengths) + max_new_tokens, page_size=page_size, **policy_options
+        super().__init__(
+            model,
+            policy=policy,
+            guardian=guardian,
+            action=action,
+            batch=batch,
+            max_tokens=max(lengths) + max_new_tokens,
+            prompt_lens=lengths,
+            sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+            page_size=page_size,
+            **policy_options,
         )
-        self.cache.begin(lengths)
-        if action is not None and guardian is None:
-            raise ValueError("action: expected a stop rule beside it (guardian=...), got none")
-        if isinstance(action, Rescue):
-            action.check(self.cache.policy)
-            self.cache.raised_budget = action.budget
-        if guardian and guardian.needs_loss:
-            self.cache.watch_loss()
-        self._cache_argument = cache_argument(model)
-        self._attention_before: str | None = None
-
         self._max_new_tokens = max_new_tokens
-        self._sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         # Drawn before the run, from each row's own generator: they depend neither on the batch nor on who stops.
-        self._uniforms = torch.stack([_uniforms(max_new_tokens, each) for each in _seeds(seed, batch)])
+        self._uniforms = torch.stack([uniforms(max_new_tokens, each) for each in _seeds(seed, batch)])
         # Who stops is decided on the CPU, which reads each step's tokens anyway, and where lz77_append has its kernel.
-        self._eos = torch.tensor(_eos_ids(model, eos_token_id), dtype=torch.int64)
+        self._eos = torch.tensor(eos_ids(model, eos_token_id), dtype=torch.int64)
         self._tracker = Lz77Tracker(batch, max_new_tokens, self._vocab_size)
         self._watch = guardian.start(batch) if guardian else None
-        self._courses = [Course(action, guardian.interval if guardian else 0) for _ in range(batch)]
+        self._courses = [self._course() for _ in range(batch)]
 
         # One entry a row, running or not; `_rows` selects the running ones.
         self._tokens = torch.zeros(batch, 1, dtype=torch.int64)
@@ -96,14 +88,6 @@ class DecodeLoop:
         self._step_times: list[float] = []
         self._lost = torch.zeros(batch)
         self._kv_bytes = [0] * batch
-
-    def __enter__(self) -> DecodeLoop:
-        self._attention_before = self._model.config._attn_implementation
-        self._model.set_attn_implementation(NAME)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._model.set_attn_implementation(self._attention_before)
 
     def __iter__(self) -> Iterator[StepEvent]:
         yield self.prefill()
@@ -144,11 +128,6 @@ class DecodeLoop:
             kv_bytes=[self._kv_bytes[row] or self.cache.kv.bytes_of(row) for row in range(len(self._output))],
         )
 
-    def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        where = {"input_ids": input_ids.to(self._model.device), "position_ids": position_ids.to(self._model.device)}
-        cache = {self._cache_argument: self.cache}
-        return self._model(**where, **cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-
     def _accept(self, logits: torch.Tensor, started: float) -> StepEvent:
         """Choose the running rows' tokens and decide who stops."""
         step = len(self._step_times)
@@ -164,6 +143,7 @@ class DecodeLoop:
         ended[forced] = False
         self._stop.masked_fill_(ended, StopReason.EOS)
         if self._watch:
+            # Behind the transfer above, so that it waits for nothing more.
             lost = None if self.cache.lost_bits is None else self.cache.lost_bits.cpu()
             if lost is not None:
                 self._lost[self._rows] += lost[self._rows]
@@ -203,7 +183,7 @@ class DecodeLoop:
 
     def _act(self) -> None:
         """Rows of whose stop an action makes something else go on."""
-        if self._courses[0].action is None:
+        if self._action is None:
             return
         codes = self._stop.tolist()
         for row in self.active:
@@ -215,7 +195,7 @@ class DecodeLoop:
                 course.went_on(at)
             if course.limit is not None and at >= course.limit:
                 self._stop[row] = StopReason.LENGTH
-        rescued = [course.rescued_until is not None for course in self._courses]
+        rescued = [row in self.active and self._courses[row].rescued_until is not None for row in range(len(codes))]
         self.cache.raised = torch.tensor(rescued, device=self._model.device) if any(rescued) else None
 
     def _run(self, rows: list[int]) -> None:
@@ -288,47 +268,8 @@ def generate(
     return loop.result()
 
 
-def _check_prompts(input_ids: TokenIds, vocab_size: int) -> list[torch.Tensor]:
-    """The prompts as 1-D int64 tensors on the CPU."""
-    if isinstance(input_ids, torch.Tensor) and input_ids.ndim != 2:
-        raise ValueError(f"input_ids: expected [batch, tokens], got shape {list(input_ids.shape)}")
-    if len(input_ids) == 0:
-        raise ValueError("input_ids: expected at least one sequence, got an empty batch")
-    prompts = []
-    for row, sequence in enumerate(input_ids):
-        ids = torch.as_tensor(sequence)
-        if ids.ndim != 1:
-            raise ValueError(
-                f"input_ids: sequence {row}: expected a list of ids or a 1-D tensor, got {ids.ndim} dimensions"
-            )
-        if len(ids) == 0:
-            raise ValueError(f"input_ids: sequence {row}: expected at least one token, got an empty prompt")
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise ValueError(f"input_ids: sequence {row}: expected integers, got {ids.dtype}")
-        ids = ids.to("cpu", torch.int64)
-        outside = ids[(ids < 0) | (ids >= vocab_size)]
-        if len(outside):
-            raise ValueError(
-                f"input_ids: sequence {row}: expected ids from 0 to {vocab_size - 1}, got {int(outside[0])}"
-            )
-        prompts.append(ids)
-    return prompts
-
-
 def _seeds(seed: int | Sequence[int], batch: int) -> list[int]:
     seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
     if len(seeds) != batch:
         raise ValueError(f"seed: expected a number, or one for each of {batch} sequences, got {len(seeds)}")
     return seeds
-
-
-def _uniforms(count: int, seed: int) -> torch.Tensor:
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
-
-
-def _eos_ids(model: torch.nn.Module, eos_token_id: int | Iterable[int] | None) -> list[int]:
-    if eos_token_id is None:
-        eos_token_id = model.generation_config.eos_token_id
-    if eos_token_id is None:
-        return []
-    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)

@@ -15,12 +15,10 @@ from dataclasses import dataclass, field
 import torch
 
 from lil_ops.actions import Action, ActionEvent, Answer, Course, Rescue
-from lil_ops.decode import _check_prompts, _eos_ids, _uniforms
 from lil_ops.device_steps import DeviceSteps
-from lil_ops.integrations.attach import attach
-from lil_ops.integrations.transformers import NAME, LilCache, cache_argument
+from lil_ops.loop import ModelLoop, check_prompts, eos_ids, uniforms
 from lil_ops.policies import Policy
-from lil_ops.sampling import check_sampling, sample
+from lil_ops.sampling import sample
 from lil_ops.stopping import Lz77Tracker, Progress, StopReason, StopRule
 
 ANSWER_TOKENS = 64  # room for the forced tokens of an `Answer`
@@ -54,7 +52,7 @@ class _Slot:
     begun: int  # its first report
 
 
-class Engine:
+class Engine(ModelLoop):
     """Serves sequences in ``slots`` places of one batch; sequences come and go while it runs.
 
     Args:
@@ -92,35 +90,29 @@ class Engine:
         lag: int = 4,
         **policy_options,
     ):
-        check_sampling(temperature, top_k, top_p)
-        self._model, self._vocab_size, self._device = model, attach(model).vocab_size, model.device
-        self.cache = LilCache(
+        if graph and model.device.type != "cuda":
+            raise ValueError(f"Engine: graph: expected None or False for a model on {model.device.type}, got {graph}")
+        final = action.then if isinstance(action, Rescue) else action
+        if isinstance(final, Answer) and len(final.tokens) > ANSWER_TOKENS:
+            raise ValueError(f"Answer: tokens: expected at most {ANSWER_TOKENS} in an Engine, got {len(final.tokens)}")
+        super().__init__(
             model,
-            policy,
+            policy=policy,
+            guardian=guardian,
+            action=action,
             batch=slots,
             max_tokens=max_tokens,
+            prompt_lens=[],
+            sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
             page_size=page_size,
             num_pages=num_pages,
             **policy_options,
         )
         if not self.cache.policy.on_device:
             raise ValueError(f"Engine: policy {self.cache.policy.name} decides on the host; use lil_ops.generate")
-        self.cache.begin([])
-        if action is not None and guardian is None:
-            raise ValueError("action: expected a stop rule beside it (guardian=...), got none")
-        if isinstance(action, Rescue):
-            action.check(self.cache.policy)
-            self.cache.raised_budget = action.budget
-        self._forces = action.then if isinstance(action, Rescue) else action
-        if isinstance(self._forces, Answer) and len(self._forces.tokens) > ANSWER_TOKENS:
-            raise ValueError(f"Answer: tokens: expected at most {ANSWER_TOKENS}, got {len(self._forces.tokens)}")
-        if guardian and guardian.needs_loss:
-            self.cache.watch_loss()
-        self._action, self._rule = action, guardian
-        self._sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        self._eos = torch.tensor(_eos_ids(model, eos_token_id), dtype=torch.int64, device=self._device)
+        self._device = model.device
+        self._eos = torch.tensor(eos_ids(model, eos_token_id), dtype=torch.int64, device=self._device)
         self._lag, self._graph_wanted = lag, graph
-        self._cache_argument = cache_argument(model)
 
         def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(slots, *shape, dtype=dtype, device=self._device)
@@ -142,15 +134,6 @@ class Engine:
         self._reported = 0
         self._reports: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
-        self._attention_before: str | None = None
-
-    def __enter__(self) -> Engine:
-        self._attention_before = self._model.config._attn_implementation
-        self._model.set_attn_implementation(NAME)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._model.set_attn_implementation(self._attention_before)
 
     @property
     def free_slots(self) -> int:
@@ -158,12 +141,12 @@ class Engine:
 
     @torch.inference_mode()
     def add(self, request: Request) -> None:
-        """Run its prompt in a free slot (there must be one), and produce its first token.
+        """Run its prompt in a free slot, and produce its first token.
 
-        Raises `OutOfPagesError` where the pools have too few pages left, ValueError for a request that cannot be
-        served; nothing has changed then.
+        Raises `OutOfPagesError` where the pools have too few pages left, ValueError where no slot is free and for a
+        request that cannot be served; nothing has changed then.
         """
-        (prompt,) = _check_prompts([request.prompt], self._vocab_size)
+        (prompt,) = check_prompts([request.prompt], self._vocab_size)
         total = len(prompt) + request.max_new_tokens
         if request.max_new_tokens < 1 or total > self.cache.kv.max_tokens:
             most = self.cache.kv.max_tokens - len(prompt)
@@ -171,11 +154,13 @@ class Engine:
                 f"Engine: max_new_tokens: expected from 1 to {most} behind a prompt of {len(prompt)} tokens, "
                 f"got {request.max_new_tokens}"
             )
+        if not self.free_slots:
+            raise ValueError(f"Engine: expected a free slot, got {len(self._slots)} that are taken")
         row = self._slots.index(None)
         self.cache.policy.check_budget(self.cache.kv, [len(prompt)])
         self.cache.kv.reserve(row, len(prompt), request.max_new_tokens - 1)  # the last token is never fed back
         self.cache.rows = [row]
-        logits = self._forward(prompt[None].to(self._device), torch.arange(len(prompt), device=self._device)[None])
+        logits = self._forward(prompt[None], torch.arange(len(prompt))[None])
         self._steps.install()
         self._steps.load(row)
         for tensor, value in (
@@ -190,14 +175,13 @@ class Engine:
         self._tracker.reset(row)
         if self._watch:
             self._watch.reset(row)
-        uniforms = _uniforms(request.max_new_tokens, request.seed)
-        self._uniforms[row, : len(uniforms)] = uniforms.to(self._device)
+        draws = uniforms(request.max_new_tokens, request.seed)
+        self._uniforms[row, : len(draws)] = draws.to(self._device)
         first = sample(logits, self._uniforms[row : row + 1, 0], **self._sampling)
         if self.cache.lost_bits is not None:
             self.cache.lost_bits.zero_()
         self._settle(first.expand(len(self._slots)), self._slot == row)
-        interval = self._rule.interval if self._rule else 0
-        self._slots[row] = _Slot(request, Course(self._action, interval), self._reported)
+        self._slots[row] = _Slot(request, self._course(), self._reported)
         self._report()
 
     @torch.inference_mode()
@@ -237,12 +221,6 @@ class Engine:
             self.step()
             yield from self.completed()
 
-    def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        cache = {self._cache_argument: self.cache}
-        return self._model(
-            input_ids=input_ids, position_ids=position_ids, **cache, use_cache=True, logits_to_keep=1
-        ).logits[:, -1]
-
     def _device_step(self, raised: bool) -> None:
         """One step of all slots: tensor operations only, on tensors that never move."""
         running = self._stop == StopReason.RUNNING
@@ -251,8 +229,8 @@ class Engine:
         self.cache.raised = self._num_tokens < self._raised_until if raised else None
         with self.cache.on_device_steps():
             logits = self._forward(self._tokens, positions)
-        uniforms = self._uniforms.gather(1, self._num_tokens.long()[:, None].clamp(max=self._uniforms.shape[1] - 1))
-        self._settle(sample(logits, uniforms[:, 0], **self._sampling), running)
+        draws = self._uniforms.gather(1, self._num_tokens.long()[:, None].clamp(max=self._uniforms.shape[1] - 1))
+        self._settle(sample(logits, draws[:, 0], **self._sampling), running)
 
     def _settle(self, chosen: torch.Tensor, active: torch.Tensor) -> None:
         """Take the token of each active slot, and decide who stops. Both ``[slots]``."""
@@ -357,11 +335,13 @@ class Engine:
         self._stop.fill_(StopReason.LENGTH)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._device_step(raised)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._stop.copy_(stop)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._device_step(raised)
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+            self._stop.copy_(stop)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._device_step(raised)

@@ -5,6 +5,7 @@ A rule's state lives in preallocated tensors on the device it was started for, a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import NamedTuple, Protocol
@@ -56,7 +57,7 @@ class StopState(Protocol):
         """Another sequence begins in this place of the batch."""
 
 
-class StopRule:
+class StopRule(ABC):
     """A rule as its user writes it: options only, good for any number of batches.
 
     ``needs_loss``: whether it reads ``lost_bits``. ``interval``: tokens between its checks.
@@ -65,9 +66,9 @@ class StopRule:
     needs_loss: bool = False
     interval: int = 1
 
+    @abstractmethod
     def start(self, batch: int, device: torch.device | str = "cpu") -> StopState:
         """Allocate what the rule needs to watch ``batch`` new sequences."""
-        raise NotImplementedError
 
     def feed(self, tokens: Iterable[int], vocab_size: int = 2**31 - 1) -> Watch:
         """Watch one stream of tokens, this beginning of it first. See `Watch`."""

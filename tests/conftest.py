@@ -1,6 +1,16 @@
+import pytest
 import torch
 
 from lil_ops import _library
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For many small operations, to which threads only bring waiting."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_generate_tests(metafunc):

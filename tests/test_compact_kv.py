@@ -98,7 +98,9 @@ def test_nothing_to_move(device):
 def test_empty_batch(device):
     cache = paged(device, [40])
     nothing = torch.empty(0, 2, 3, dtype=torch.int32, device=device)
-    lil_ops.compact_kv(cache.k, cache.v, cache.page_table[:0], nothing, ints([], device))
+    before = cache.k.clone(), cache.v.clone()
+    assert lil_ops.compact_kv(cache.k, cache.v, cache.page_table[:0], nothing, ints([], device)) is None
+    assert_same(cache.k, before[0]), assert_same(cache.v, before[1])
 
 
 def arguments(device, dtype=torch.float32):

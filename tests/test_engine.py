@@ -123,6 +123,44 @@ def test_pages_of_whole_sequences_are_taken_at_once_or_not_at_all(model):
             engine.add(Request(prompts(40)[0], max_new_tokens=25))
 
 
+def test_what_an_engine_refuses(model):
+    with Engine(model, slots=1, max_tokens=64) as engine:
+        engine.add(Request(prompts(9)[0], max_new_tokens=5))
+        with pytest.raises(ValueError, match="Engine: expected a free slot, got 1 that are taken"):
+            engine.add(Request(prompts(9)[0], max_new_tokens=5))
+    with pytest.raises(ValueError, match="Answer: tokens: expected at most 64 in an Engine, got 65"):
+        Engine(model, slots=1, max_tokens=64, guardian=TokenBudget(4), action=Answer(range(65)))
+    if model.device.type == "cpu":
+        with pytest.raises(ValueError, match="graph: expected None or False for a model on cpu, got True"):
+            Engine(model, slots=1, max_tokens=64, graph=True)
+
+
+def test_a_step_that_cannot_be_captured_runs_without_a_graph(model, requests, monkeypatch):
+    def breaks(*arguments):
+        raise RuntimeError("not in a capture\nand more")
+
+    def capture(self, raised):
+        """Breaks off in the middle of a pass over slots that stand still, as one that waits for the device does."""
+        hook = model.model.layers[2].mlp.register_forward_pre_hook(breaks)
+        stop = self._stop.clone()
+        self._stop.fill_(StopReason.LENGTH)
+        try:
+            self._device_step(raised)
+        finally:
+            hook.remove()
+            self._stop.copy_(stop)
+
+    monkeypatch.setattr(Engine, "_capture", capture)
+    with Engine(model, slots=1, max_tokens=96) as engine:
+        engine.add(requests[0])
+        with torch.inference_mode(), pytest.warns(UserWarning, match="without a graph: not in a capture$"):
+            engine._replay(raised=False)
+        for _ in range(NEW[0]):
+            engine.step()
+        (completion,) = engine.completed(wait=True)
+    check_same(completion, alone(model, requests[0]))
+
+
 def test_policies_that_decide_on_the_host(model):
     with pytest.raises(ValueError, match="policy rkv decides on the host"):
         Engine(model, slots=1, max_tokens=64, policy="rkv", budget=32)

@@ -19,6 +19,7 @@ from tiny_models import LogitsLog, build, prompts
 from lil_ops import policies
 from lil_ops.decode import DecodeLoop
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = 16
 # Prompts here may be longer than a budget of tokens; RaaS pins them, and needs room.
 CASES = {
@@ -113,15 +114,6 @@ def by_position(positions):
 
 def by_page(pages):
     return by_position(pages).repeat_interleave(PAGE, -1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The rules are many small operations, to which threads only bring waiting."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -16,21 +16,13 @@ from lil_ops.decode import DecodeLoop
 from lil_ops.guardian import Guardian
 from lil_ops.integrations.transformers import LilCache
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = int(os.environ.get("LIL_LONG_DECODE", 2000))
 LAYERS, PAGE = 2, 16
 PAGE_BYTES = 2 * BASE["num_key_value_heads"] * PAGE * BASE["head_dim"] * 4  # K and V of one layer
 BOUNDED = [name for name, policy in policies.POLICIES.items() if policy.memory == "bounded"]
 STATM = Path("/proc/self/statm")
 MARGIN = 1 << 20  # what the allocator and the interpreter move by
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Many small operations, to which threads only bring waiting."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

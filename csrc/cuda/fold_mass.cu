@@ -61,7 +61,8 @@ void fold_mass(const FoldMassParams& p, const Tensor& on) {
   const Launch launch(on);
   const dim3 heads(1, p.kv_heads, p.batch);
   if (p.rule == FoldRule::kStamp) {
-    if (p.capacity > kMostSlots) throw std::runtime_error("lil::fold_mass: on CUDA: expected at most 8192 slots");
+    LIL_CHECK(p.capacity <= kMostSlots, "fold_mass", "priority",
+              text("at most ", kMostSlots, " slots on CUDA with rule 'stamp'"), text(p.capacity));
     launch(fold_stamp_kernel, heads, kThreads, p.capacity * sizeof(float), 1, p);
   } else {
     const dim3 slots((p.capacity + kThreads - 1) / kThreads, heads.y, heads.z);

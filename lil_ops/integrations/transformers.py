@@ -145,8 +145,12 @@ class LilCache(Cache):
 
     @contextmanager
     def on_device_steps(self) -> Iterator[None]:
-        """In this block, forward passes are of one token in every row, on steps that `DeviceSteps` has installed."""
+        """In this block, forward passes are of one token in every row, on steps that `DeviceSteps` has installed.
+
+        They begin with the first layer, also behind a pass that broke off (a capture that failed).
+        """
         self.rows, self._on_device = list(range(self.kv.batch)), True
+        self._unread, self._next = None, 0
         try:
             yield
         finally:
@@ -328,15 +332,8 @@ class LilCache(Cache):
             more = torch.arange(capacity, dtype=torch.int32, device=pages.device).expand(*pages.shape[:2], -1)
             more_counts = (step.seq_lens + size - 1).div(size, rounding_mode="floor")[:, None].expand_as(counts)
         else:
-            more, more_counts = ops.select_pages(
-                scores,
-                step.seq_lens,
-                size,
-                max(self.raised_budget, self.policy.budget_of(layer)),
-                sink=self.policy.sink,
-                recent=self.policy.recent_of(layer),
-                protected_lens=self.policy.protected_lens(self.kv, layer),
-            )
+            budget = max(self.raised_budget, self.policy.budget_of(layer))
+            more, more_counts = self.policy.best_pages(layer, scores, self.kv, budget)
         which = step.take(self.raised)[:, None]
         pages, more = (F.pad(some, (0, capacity - some.shape[-1]), value=-1) for some in (pages, more))
         return Selection(

@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from lil_ops import ops
 from lil_ops.cache import ALL, PagedKVCache, Room
 
 
@@ -152,6 +153,23 @@ class Policy:
     def protected_lens(self, cache: PagedKVCache, layer: int) -> torch.Tensor | None:
         """What `ops.select_pages` and `ops.evict_pages` take under this name."""
         return cache.step_of(layer).prompt_lens if self.protect_prompt else None
+
+    def best_pages(
+        self, layer: int, scores: torch.Tensor, cache: PagedKVCache, budget: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`ops.select_pages` by ``scores [batch, kv_heads, max_pages]`` under the policy's options: pages and counts.
+
+        budget: in place of the layer's.
+        """
+        return ops.select_pages(
+            scores,
+            cache.step_of(layer).seq_lens,
+            cache.page_size,
+            self.budget_of(layer) if budget is None else budget,
+            sink=self.sink,
+            recent=self.recent_of(layer),
+            protected_lens=self.protected_lens(cache, layer),
+        )
 
     def mass_of(self, layer: int) -> str | None:
         """Which softmax mass `observe` is given: of each ``"page"`` or ``"token"`` read; None: it is not called."""

@@ -79,16 +79,7 @@ class InfLLM(Policy):
             scale=scale,
             summary_mode="representative",
         )
-        pages, counts = ops.select_pages(
-            scores.sum(1, keepdim=True).expand_as(scores),
-            step.seq_lens,
-            size,
-            self.budget_of(layer),
-            sink=self.sink,
-            recent=recent,
-            protected_lens=self.protected_lens(cache, layer),
-        )
-        return Selection(pages, counts)
+        return Selection(*self.best_pages(layer, scores.sum(1, keepdim=True).expand_as(scores), cache))
 
     def observe(self, layer, mass, selection, cache):
         step, recent = cache.step_of(layer), self.recent_of(layer)

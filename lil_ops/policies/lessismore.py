@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import torch
 
-from lil_ops import ops
 from lil_ops.policies.base import Policy, Selection
 
 
@@ -61,18 +60,7 @@ class LessIsMore(Policy):
             return None
         budget = self.budget_of(layer)
         if budget not in self._choices:
-            step = cache.step_of(layer)
-            self._choices[budget] = Selection(
-                *ops.select_pages(
-                    self._scores,
-                    step.seq_lens,
-                    cache.page_size,
-                    budget,
-                    sink=self.sink,
-                    recent=self.recent_of(layer),
-                    protected_lens=self.protected_lens(cache, layer),
-                )
-            )
+            self._choices[budget] = Selection(*self.best_pages(layer, self._scores, cache))
         return self._choices[budget]
 
     def observe(self, layer, mass, selection, cache):

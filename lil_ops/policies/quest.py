@@ -51,13 +51,4 @@ class Quest(Policy):
             scale=scale,
             summary_mode=cache.summary_mode,
         )
-        pages, counts = ops.select_pages(
-            scores,
-            step.seq_lens,
-            cache.page_size,
-            self.budget_of(layer),
-            sink=self.sink,
-            recent=self.recent,
-            protected_lens=self.protected_lens(cache, layer),
-        )
-        return Selection(pages, counts, scores)
+        return Selection(*self.best_pages(layer, scores, cache), scores)
