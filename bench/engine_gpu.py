@@ -1,15 +1,20 @@
 #!/usr/bin/env python3
-"""The engine's time between tokens on a GPU, beside what its bytes allow: bench/engine_gpu.py [--out FILE]
+"""The engine's time between tokens on a GPU, beside what its bytes allow and transformers' own generate.
 
-Random bf16 models of the shapes of Qwen2.5-1.5B and Llama-3.1-8B, sequences of 32k tokens, Quest with a budget of 1024.
+    bench/engine_gpu.py [--out FILE] [--shapes qwen-1.5b llama-8b]
+
+Random bf16 models of the shapes of Qwen2.5-1.5B and Llama-3.1-8B, Quest with a budget of 1024 and a Guardian.
 *Floor*: bytes of the weights, page summaries and selected keys and values that a step reads, over the measured read
-bandwidth. *Kernels*: the sum of the kernels of a step, from torch's profiler.
+bandwidth. *Kernels*, *stop*, *gap*: from torch's profiler, of steps behind those that are timed: the sum of a step's
+kernels, how much of it is `lz77_append` and `guardian_check`, and the longest time in which none runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import statistics
 import sys
 import time
 import warnings
@@ -26,13 +31,23 @@ from timers import read_bandwidth
 from lil_ops import Engine, Guardian, Request
 
 BENCH = Path(__file__).resolve().parent
-CONTEXT, BUDGET, PAGE, STEPS = 32768, 1024, 16, 60
+LONG, SHORT, BUDGET, PAGE, STEPS, PROFILED = 32768, 4096, 1024, 16, 100, 8
 SHAPES = {
     "qwen-1.5b": (hf.Qwen2Config, dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
         num_attention_heads=12, num_key_value_heads=2, vocab_size=151936, max_position_embeddings=40000,
         tie_word_embeddings=True)),
     "llama-8b": (hf.LlamaConfig, dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=40000)),
+}  # fmt: skip
+# Batch, context, how: "engine" (graph), with the model compiled, without a graph; "generate" of transformers, with its
+# growing cache, and with its static one and the model compiled.
+CASES = {
+    "qwen-1.5b": [
+        (1, LONG, "compiled"), (1, LONG, "engine"), (1, LONG, "no graph"), (1, LONG, "generate"), (1, LONG, "static"),
+        (8, LONG, "compiled"), (8, LONG, "engine"), (8, LONG, "generate"), (8, LONG, "static"),
+        (64, SHORT, "compiled"),
+    ],
+    "llama-8b": [(1, LONG, "compiled"), (8, LONG, "compiled")],
 }  # fmt: skip
 
 
@@ -41,68 +56,135 @@ def model_of(shape: str) -> torch.nn.Module:
     with torch.device("cuda"):
         torch.set_default_dtype(torch.bfloat16)
         try:
-            return hf.AutoModelForCausalLM.from_config(config(**options)).eval()
+            return hf.AutoModelForCausalLM.from_config(config(**options), attn_implementation="sdpa").eval()
         finally:
             torch.set_default_dtype(torch.float32)
 
 
-def bytes_of_step(model: torch.nn.Module, batch: int) -> int:
+def bytes_of_step(model: torch.nn.Module, batch: int, context: int) -> int:
     """What a step must read: all weights but the embedding's (a tied one is the head's), and what attention reads."""
     config = model.config
     weights = sum(p.numel() for p in model.parameters()) * 2
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.hidden_size * 2
     width = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads) * 2
-    sparse = CONTEXT // PAGE * 2 * width + BUDGET * 2 * width
-    dense = 2 * CONTEXT * width
-    layers = config.num_hidden_layers
-    return weights + batch * (2 * dense + (layers - 2) * sparse)
+    sparse = context // PAGE * 2 * width + BUDGET * 2 * width
+    dense = 2 * context * width
+    return weights + batch * (2 * dense + (config.num_hidden_layers - 2) * sparse)
 
 
-def measure(model: torch.nn.Module, batch: int, graph: bool) -> dict:
-    options = {"policy": "quest", "budget": BUDGET, "guardian": Guardian(threshold=0), "lag": STEPS + 9}
-    with Engine(model, slots=batch, max_tokens=CONTEXT + 2 * STEPS, eos_token_id=[], graph=graph, **options) as engine:
-        generator = torch.Generator().manual_seed(0)
-        for row in range(batch):
-            prompt = torch.randint(0, 1000, (CONTEXT - STEPS,), generator=generator)
-            engine.add(Request(prompt, max_new_tokens=2 * STEPS - 20, seed=row))
+def prompts(batch: int, context: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 1000, (batch, context - STEPS), generator=generator)
+
+
+def engine(model: torch.nn.Module, batch: int, context: int, how: str, table: bool) -> dict:
+    tokens = 3 * STEPS
+    options = {
+        "policy": "quest",
+        "budget": BUDGET,
+        "guardian": Guardian(threshold=0),
+        "eos_token_id": [],
+        "lag": 2 * tokens,
+    }
+    options |= {"graph": how != "no graph", "compile": how == "compiled"}
+    with Engine(model, slots=batch, max_tokens=context + tokens, **options) as served:
+        for row, prompt in enumerate(prompts(batch, context)):
+            served.add(Request(prompt, max_new_tokens=tokens, seed=row))
+        start = time.perf_counter()
         for _ in range(5):
-            engine.step()
+            served.step()
         torch.cuda.synchronize()
+        first = time.perf_counter() - start
         start = time.perf_counter()
         for _ in range(STEPS):
-            engine.step()
+            served.step()
         torch.cuda.synchronize()
         seconds = (time.perf_counter() - start) / STEPS
-        found = {"tbt_us": round(seconds * 1e6, 1)}
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(5):
-                engine.step()
+            for _ in range(PROFILED):
+                served.step()
             torch.cuda.synchronize()
-        kernels = sum(event.self_device_time_total for event in profile.key_averages())
-        count = sum(event.count for event in profile.key_averages() if event.self_device_time_total)
-        return found | {"kernels_us": round(kernels / 5, 1), "kernels": count // 5}
+    if table:
+        print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=22, max_name_column_width=70))
+    return {"tbt_us": round(seconds * 1e6, 1), "first_steps_s": round(first, 1)} | of_kernels(profile)
+
+
+def of_kernels(profile: torch.profiler.profile) -> dict:
+    """Microseconds of a step, and the longest gap; profiled steps are the last of a longer row."""
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    stop = sum(end - start for start, end, name in kernels if "lz77" in name or "guardian" in name)
+    gaps = [later[0] - earlier[1] for earlier, later in zip(kernels, kernels[1:])]
+    return {
+        "kernels_us": round(sum(end - start for start, end, _ in kernels) / PROFILED, 1),
+        "kernels": len(kernels) // PROFILED,
+        "stop_us": round(stop / PROFILED, 2),
+        "gap_us": round(max(gaps), 1),
+        "gaps_us": round(sum(max(gap, 0) for gap in gaps) / PROFILED, 1),
+    }
+
+
+class Clock(hf.StoppingCriteria):
+    """Notes when each token was there; `generate` waits for the device at each one."""
+
+    def __init__(self):
+        self.times = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def generate(model: torch.nn.Module, batch: int, context: int, how: str) -> dict:
+    clock, options = Clock(), {"cache_implementation": "static"} if how == "static" else {}
+    ids = prompts(batch, context).cuda()
+    model.generation_config.pad_token_id = 0
+    start = time.perf_counter()
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False, eos_token_id=None,
+        stopping_criteria=[clock], **options,
+    )  # fmt: skip
+    times = [b - a for a, b in zip(clock.times, clock.times[1:])][20:]
+    return {"tbt_us": round(statistics.median(times) * 1e6, 1), "all_s": round(time.perf_counter() - start, 1)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=BENCH / "results" / "engine.json")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--commit", default=None)
+    parser.add_argument("--how", nargs="+", help="only these")
+    parser.add_argument("--batches", nargs="+", type=int, help="only these")
+    parser.add_argument("--table", action="store_true", help="print the kernels that take most")
+    parser.add_argument("--commit", default=None, help="where there is no repository")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     bandwidth, rows = read_bandwidth(), []
     for shape in options.shapes:
         model = model_of(shape)
-        for batch, graph in ((1, True), (8, True), (1, False)):
+        for batch, context, how in CASES[shape]:
+            if options.how and how not in options.how or options.batches and batch not in options.batches:
+                continue
             try:
-                found = measure(model, batch, graph)
-            except RuntimeError as error:
-                found = {"error": str(error).partition("\n")[0][:200]}
-            floor = bytes_of_step(model, batch) / bandwidth * 1e6
-            rows.append({"shape": shape, "batch": batch, "graph": graph, "floor_us": round(floor, 1)} | found)
+                if how in ("generate", "static"):
+                    found = generate(model, batch, context, how)
+                else:
+                    found = engine(model, batch, context, how, options.table)
+            except Exception as error:
+                found = {"error": f"{type(error).__name__}: {error}".partition("\n")[0][:200]}
+            torch._dynamo.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
+            floor = bytes_of_step(model, batch, context) / bandwidth * 1e6
+            rows.append({"shape": shape, "batch": batch, "context": context, "how": how} | found)
+            rows[-1]["floor_us"] = round(floor, 1)
             print(rows[-1], flush=True)
         del model
+        gc.collect()
         torch.cuda.empty_cache()
     facts = {
         "date": time.strftime("%Y-%m-%d"),
@@ -110,9 +192,9 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "read_gb_s": round(bandwidth / 1e9),
         "versions": {"torch": torch.__version__, "transformers": hf.__version__},
-        "command": "python bench/engine_gpu.py",
+        "command": "make bench-gpu",
     }
-    options.out.write_text(json.dumps(facts | {"context": CONTEXT, "budget": BUDGET, "rows": rows}, indent=1) + "\n")
+    options.out.write_text(json.dumps(facts | {"budget": BUDGET, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

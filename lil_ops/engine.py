@@ -16,6 +16,7 @@ import torch
 
 from lil_ops.actions import Action, ActionEvent, Answer, Course, Rescue
 from lil_ops.device_steps import DeviceSteps
+from lil_ops.integrations.compiled import StepCache, compiled
 from lil_ops.loop import ModelLoop, check_prompts, eos_ids, uniforms
 from lil_ops.policies import Policy
 from lil_ops.sampling import sample
@@ -59,6 +60,9 @@ class Engine(ModelLoop):
         model: as in `generate`. slots: sequences at a time. max_tokens: of the longest one, prompt and output.
         policy, guardian, action, temperature, top_k, top_p, page_size: as in `generate`; the same for all sequences.
         num_pages: size of the cache's pools; a sequence takes the pages of its whole length when it comes.
+        compile: torch.compile the model's part of a step, in one graph and with its weights frozen: layers that share
+            an input become one product, for which their weights are copied. A dict has arguments for `torch.compile`.
+            A compiled model rounds differently: tokens may differ from those of `generate`.
         graph: capture the step in a CUDA graph; None: where that is possible, and a warning says why where it is not.
         lag: steps that the host may be behind the device.
 
@@ -86,6 +90,7 @@ class Engine(ModelLoop):
         top_p: float = 1.0,
         page_size: int = 16,
         num_pages: int | None = None,
+        compile: bool | dict = False,
         graph: bool | None = None,
         lag: int = 4,
         **policy_options,
@@ -113,6 +118,9 @@ class Engine(ModelLoop):
         self._device = model.device
         self._eos = torch.tensor(eos_ids(model, eos_token_id), dtype=torch.int64, device=self._device)
         self._lag, self._graph_wanted = lag, graph
+        self._compiled, self._step_cache = None, StepCache(self.cache.shape.num_layers)
+        if compile:
+            self._compiled = compiled(model, **(compile if isinstance(compile, dict) else {}))
 
         def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(slots, *shape, dtype=dtype, device=self._device)
@@ -228,7 +236,10 @@ class Engine(ModelLoop):
         positions = (self._steps.positions - 1).clamp(min=0).long()[:, None]
         self.cache.raised = self._num_tokens < self._raised_until if raised else None
         with self.cache.on_device_steps():
-            logits = self._forward(self._tokens, positions)
+            if self._compiled is None:
+                logits = self._forward(self._tokens, positions)
+            else:
+                logits = self._logits(self._compiled, self._step_cache, self._tokens, positions)
         draws = self._uniforms.gather(1, self._num_tokens.long()[:, None].clamp(max=self._uniforms.shape[1] - 1))
         self._settle(sample(logits, draws[:, 0], **self._sampling), running)
 

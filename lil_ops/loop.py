@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.cache_utils import Cache
 
 from lil_ops.actions import Action, Course, Rescue
 from lil_ops.integrations.attach import attach
@@ -69,9 +70,12 @@ class ModelLoop:
 
     def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """``[rows, tokens]`` each -> the last token's logits, ``[rows, vocab]``."""
-        where = {"input_ids": input_ids.to(self._model.device), "position_ids": position_ids.to(self._model.device)}
-        cache = {self._cache_argument: self.cache}
-        return self._model(**where, **cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return self._logits(self._model, self.cache, input_ids, position_ids)
+
+    def _logits(self, model: Callable, cache: Cache, input_ids: torch.Tensor, position_ids: torch.Tensor):
+        device = self._model.device
+        where = {"input_ids": input_ids.to(device), "position_ids": position_ids.to(device)}
+        return model(**where, **{self._cache_argument: cache}, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
 def check_prompts(input_ids: TokenIds, vocab_size: int) -> list[torch.Tensor]:

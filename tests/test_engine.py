@@ -1,5 +1,6 @@
 """The engine: the same sequences as `generate` gives, in slots that come and go."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -30,6 +31,7 @@ POLICIES = {
     "tova": {"budget": 32},
     "lessismore": {"budget": 64, "dense_layers": 1},
 }
+SOAK = int(os.environ.get("LIL_SOAK", "90"))  # sequences, over all policies
 LENGTHS = [20, 3, 41, 9, 17, 30, 1]
 NEW = [24, 40, 7, 1, 33, 12, 18]
 
@@ -192,10 +194,51 @@ def test_a_graph_gives_the_bits_of_its_step_and_no_step_waits(model, requests, p
         lil_ops.check_errors()
 
 
-def test_many_sequences_through_few_slots(model):
-    generator = torch.Generator().manual_seed(0)
-    lengths, new = (torch.randint(1, 30, (60,), generator=generator).tolist() for _ in range(2))
-    requests = [Request(p, n, seed) for seed, (p, n) in enumerate(zip(prompts(*lengths), new, strict=True))]
-    options = {"policy": "h2o", "budget": 24, "page_size": 8, "guardian": Guardian(8, 7), "temperature": 0.7}
-    for request, completion in zip(requests, served(model, requests, slots=8, **options), strict=True):
+def test_two_thousand_steps_with_and_without_a_graph(model):
+    if model.device.type == "cpu":
+        pytest.skip("needs a CUDA graph")
+    options = {"policy": "quest", **POLICIES["quest"], "temperature": 0.9, "guardian": Guardian(64, 0)}
+    outputs = []
+    for graph in (True, False):
+        with Engine(model, slots=3, max_tokens=2064, graph=graph, **options) as engine:
+            requests = [Request(prompt, 2001, seed) for seed, prompt in enumerate(prompts(20, 3, 41))]
+            outputs.append({done.request.seed: done.tokens for done in engine.run(requests)})
+    assert outputs[0] == outputs[1] and all(len(tokens) == 2001 for tokens in outputs[0].values())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_compiled_steps(device, family):
+    """One graph for all steps, of the same tokens. The compiler is asked for no code of its own on the CPU: that is
+    slow, and not what is tested."""
+    model = build(family).to(device)
+    options = {"policy": "quest", "budget": 32, "dense_layers": 1, "page_size": 8, "guardian": Guardian(8, 2)}
+    backend = {} if device == "cuda" else {"backend": "aot_eager"}
+    requests = [Request(prompt, 20, seed) for seed, prompt in enumerate(prompts(20, 3, 41, 9))]
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        completions = served(model, requests, compile=backend or True, **options)
+    for request, completion in zip(requests, completions, strict=True):
         check_same(completion, alone(model, request, **options))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_many_sequences_through_few_slots(model, policy):
+    """Each as it is alone in an engine like this, whatever goes on in the other slots; nothing is left behind."""
+    count = -(-SOAK // len(POLICIES))
+    slots = min(64, -(-count // 3))
+    generator = torch.Generator().manual_seed(len(policy))
+    lengths, new = (torch.randint(1, 40, (count,), generator=generator).tolist() for _ in range(2))
+    requests = [Request(p, n, seed) for seed, (p, n) in enumerate(zip(prompts(*lengths), new, strict=True))]
+    options = {"policy": policy, **POLICIES[policy], "page_size": 8, "temperature": 0.7, "eos_token_id": [5, 77]}
+    options |= {"guardian": Guardian(8, 7), "action": Answer([7, 8], max_tokens=4)}
+    with Engine(model, slots=slots, max_tokens=96, graph=model.device.type == "cuda", **options) as engine:
+        together = {done.request.seed: done for done in engine.run(requests)}
+        in_use = torch.cuda.memory_allocated() if model.device.type == "cuda" else 0
+        for request in requests:
+            (solo,) = engine.run([request])
+            assert together[request.seed] == solo
+        assert engine.cache.kv.bytes_in_use == 0
+        if in_use:
+            lil_ops.check_errors()
+            assert torch.cuda.memory_allocated() <= in_use
+    assert {done.stop_reason for done in together.values()} > {StopReason.LENGTH}

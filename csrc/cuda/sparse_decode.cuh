@@ -19,7 +19,8 @@
 
 namespace lil::cuda {
 
-constexpr int kTile = 16;       // tokens a warp takes at a time
+constexpr int kTile = 16;  // tokens a warp takes at a time
+constexpr int kMaxHeadDim = 256;
 constexpr int kTileHeads = 8;   // query heads of one product
 constexpr int kSplitTiles = 8;  // a split of a short list
 constexpr int kMaxCluster = 8;  // splits that one cluster holds on every device that has clusters
@@ -93,7 +94,7 @@ struct PageList {
 // In fp32 on plain cores, for fp32 caches and for queries of another dtype than the cache.
 template <class T>
 struct FmaEngine {
-  static constexpr int kHeads = kTileHeads, kMaxHeadDim = 256, kColumns = kMaxHeadDim / 32;
+  static constexpr int kHeads = kTileHeads, kColumns = kMaxHeadDim / 32;
   static constexpr bool kScaled = kIsFloat8<T>;
   static constexpr int kBlocksPerSm = 1;
   __device__ static int32_t head_dim_of(const SparseDecodeParams& p) { return static_cast<int32_t>(p.cache.head_dim); }
@@ -501,30 +502,43 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
   }
 }
 
-// Merges the splits that were not a cluster. Grid: [kv_heads * head_blocks, batch]. loss: null, or to be written: the
-// head blocks' Unread::log2_sum lie behind the parts.
+// Merges the splits that were not a cluster, a block for each query head: a warp takes every kMergeWarps-th, whatever
+// their number, so that splits which had nothing to read change no bit. Grid: [kv_heads * head_blocks, heads, batch].
+// loss: null, or to be written: the head blocks' Unread::log2_sum lie behind the parts.
+constexpr int32_t kMergeWarps = 8;
+
 template <int Heads>
-__global__ void sparse_decode_merge(const __grid_constant__ SparseDecodeParams p, const SplitPlan plan, float* scratch,
-                                    int32_t splits, float* loss) {
-  const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim), b = blockIdx.y;
+__global__ void __launch_bounds__(32 * kMergeWarps)
+    sparse_decode_merge(const __grid_constant__ SparseDecodeParams p, const SplitPlan plan, float* scratch,
+                        int32_t splits, float* loss) {
+  __shared__ Merged of_warps[kMergeWarps][kMaxHeadDim / 4];
+  const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim), g = blockIdx.y, b = blockIdx.z;
   const int32_t h = blockIdx.x / plan.head_blocks, first_head = blockIdx.x % plan.head_blocks * Heads;
-  const int32_t heads = min(Heads, static_cast<int32_t>(p.group) - first_head);
+  if (first_head + g >= p.group) return;
   const int64_t head_block = static_cast<int64_t>(b) * gridDim.x + blockIdx.x;
   const Partials parts(scratch + head_block * Partials::size(splits, Heads, head_dim), splits, Heads);
+  const int32_t warp = threadIdx.x / 32;
   wait_for_previous();
   let_next_start();
-  const float* const log2_sums = scratch + gridDim.y * gridDim.x * Partials::size(splits, Heads, head_dim);
-  const Unread unread{loss, loss ? log2_sums[head_block] : 0};
 #pragma unroll 1
-  for (int32_t i = threadIdx.x; i < heads * head_dim / 4; i += blockDim.x) {
-    const int32_t g = 4 * i / head_dim;
-    const Merged all = merge(
-        splits, [&](int32_t s) { return parts.max[s * Heads + g]; },
-        [&](int32_t s) { return parts.sum[s * Heads + g]; },
-        [&](int32_t s) { return reinterpret_cast<const float4*>(parts.acc + s * Heads * head_dim)[i]; });
-    write_result(p, p.q_dtype, (b * p.cache.kv_heads + h) * p.group + first_head + g, 4 * i - g * head_dim, all,
-                 unread);
+  for (int32_t i = threadIdx.x % 32; i < head_dim / 4; i += 32) {
+    const auto split = [&](int32_t turn) { return warp + turn * kMergeWarps; };
+    of_warps[warp][i] = merge(
+        ceil_div(splits - warp, kMergeWarps), [&](int32_t turn) { return parts.max[split(turn) * Heads + g]; },
+        [&](int32_t turn) { return parts.sum[split(turn) * Heads + g]; },
+        [&](int32_t turn) {
+          return reinterpret_cast<const float4*>(parts.acc + (split(turn) * Heads + g) * head_dim)[i];
+        });
   }
+  __syncthreads();
+  const float* const log2_sums = scratch + gridDim.z * gridDim.x * Partials::size(splits, Heads, head_dim);
+  const Unread unread{loss, loss ? log2_sums[head_block] : 0};
+  const int32_t i = threadIdx.x;
+  if (i >= head_dim / 4) return;
+  const Merged all = merge(
+      kMergeWarps, [&](int32_t w) { return of_warps[w][i].max; }, [&](int32_t w) { return of_warps[w][i].sum; },
+      [&](int32_t w) { return of_warps[w][i].acc; });
+  write_result(p, p.q_dtype, (b * p.cache.kv_heads + h) * p.group + first_head + g, 4 * i, all, unread);
 }
 
 // Words that the keys of a selection take in shared memory.
@@ -567,7 +581,8 @@ void launch_sparse_decode(const SparseDecodeParams& p, const Selecting& selectin
       torch::stable::new_empty(on, {rows * (Partials::size(splits, Engine::kHeads, head_dim) + 1)}, ScalarType::Float);
   float* const data = static_cast<float*>(scratch.mutable_data_ptr());
   start_either(data);
-  launch(sparse_decode_merge<Engine::kHeads>, dim3(grid.y, grid.z), 128, 0, 1, p, plan, data, splits, selecting.loss);
+  const dim3 heads(grid.y, std::min<int64_t>(p.group, Engine::kHeads), grid.z);
+  launch(sparse_decode_merge<Engine::kHeads>, heads, 32 * kMergeWarps, 0, 1, p, plan, data, splits, selecting.loss);
 }
 
 }  // namespace lil::cuda

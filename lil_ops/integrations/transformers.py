@@ -25,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from lil_ops import ops, policies
 from lil_ops.cache import ALL, PagedKVCache
+from lil_ops.integrations import compiled
 from lil_ops.integrations.attach import ModelShape, attach, refusal
 from lil_ops.policies import Chunk, Policy, Selection
 
@@ -62,6 +63,10 @@ def lil_attention(
     """
     if kwargs.get("s_aux") is not None:
         raise ValueError("attention 'lil': learned attention sinks are not supported")
+    if compiled.in_graph():
+        tokens = query[:, :, 0], key[:, :, 0], value[:, :, 0]
+        where = module.layer_idx, scaling, sliding_window or 0, softcap or 0.0
+        return compiled.attend_token(*tokens, *where)[:, None], None
     cache, layer = getattr(key, _TIE, (None, None))
     if cache is None:
         return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, **kwargs), None
@@ -152,7 +157,8 @@ class LilCache(Cache):
         self.rows, self._on_device = list(range(self.kv.batch)), True
         self._unread, self._next = None, 0
         try:
-            yield
+            with compiled.serving(self):
+                yield
         finally:
             self._on_device = False
 
@@ -224,6 +230,22 @@ class LilCache(Cache):
         else:
             self.kv.append(layer, self._tokens(key), self._tokens(value))
         return out
+
+    def attend_token(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None,
+        window: int,
+        softcap: float,
+    ) -> torch.Tensor:
+        """`attend` for a compiled step (`lil_ops.integrations.compiled`) on device steps: ``[batch, heads, head_dim]``
+        each."""
+        if layer == 0 and self.lost_bits is not None:
+            self.lost_bits.zero_()
+        return self._attend_token(layer, q, k, v, scale, window or self.shape.sliding_windows[layer], softcap)
 
     def reset(self) -> None:
         """Forget every sequence, and serve all rows again; the buffers stay."""
