@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -118,7 +119,7 @@ def of_kernels(profile: torch.profiler.profile) -> dict:
         if event.device_type == torch.autograd.DeviceType.CUDA
     )
     stop = sum(end - start for start, end, name in kernels if "lz77" in name or "guardian" in name)
-    gaps = [later[0] - earlier[1] for earlier, later in zip(kernels, kernels[1:])]
+    gaps = [later[0] - earlier[1] for earlier, later in itertools.pairwise(kernels)]
     return {
         "kernels_us": round(sum(end - start for start, end, _ in kernels) / PROFILED, 1),
         "kernels": len(kernels) // PROFILED,
@@ -149,7 +150,7 @@ def generate(model: torch.nn.Module, batch: int, context: int, how: str) -> dict
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False, eos_token_id=None,
         stopping_criteria=[clock], **options,
     )  # fmt: skip
-    times = [b - a for a, b in zip(clock.times, clock.times[1:])][20:]
+    times = [b - a for a, b in itertools.pairwise(clock.times)][20:]
     return {"tbt_us": round(statistics.median(times) * 1e6, 1), "all_s": round(time.perf_counter() - start, 1)}
 
 
@@ -167,7 +168,7 @@ def main() -> None:
     for shape in options.shapes:
         model = model_of(shape)
         for batch, context, how in CASES[shape]:
-            if options.how and how not in options.how or options.batches and batch not in options.batches:
+            if how not in (options.how or [how]) or batch not in (options.batches or [batch]):
                 continue
             try:
                 if how in ("generate", "static"):

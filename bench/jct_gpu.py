@@ -59,8 +59,8 @@ def prompt_of(tokenizer, problem: Problem, solved: list[dict], tokens: int) -> l
 
 
 class Clock(hf.StoppingCriteria):
-    """Notes when each sequence ended, and stops after ``most`` tokens. (Those of `generate` would make a static cache of
-    another size, to be compiled anew.)"""
+    """Notes when each sequence ended, and stops after ``most`` tokens (a smaller `max_new_tokens` would make a static
+    cache of another size, to be compiled anew)."""
 
     def __init__(self, eos: list[int], most: int):
         self.eos, self.most, self.count = torch.tensor(eos, device="cuda"), most, 0
@@ -130,7 +130,9 @@ def main() -> None:
     model, tokenizer = lil_ops.load_model(arguments.model, dtype=torch.bfloat16, device="cuda")
     model.generation_config.update(temperature=None, top_p=None, top_k=None, repetition_penalty=1.0)
     problems = sources.load(arguments.data, None, None, None, arguments.problems)
-    solved = [json.loads(line) for line in open(arguments.data, encoding="utf-8")][arguments.problems :]
+    solved = [json.loads(line) for line in Path(arguments.data).read_text(encoding="utf-8").splitlines()][
+        arguments.problems :
+    ]
     check, rows = checker("math"), []
     for context in arguments.contexts:
         prompts = [prompt_of(tokenizer, problem, solved, context) for problem in problems]

@@ -508,7 +508,7 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
 constexpr int32_t kMergeWarps = 8;
 
 template <int Heads>
-__global__ void __launch_bounds__(32 * kMergeWarps)
+__global__ void __launch_bounds__(32 * kMergeWarps, 2)
     sparse_decode_merge(const __grid_constant__ SparseDecodeParams p, const SplitPlan plan, float* scratch,
                         int32_t splits, float* loss) {
   __shared__ Merged of_warps[kMergeWarps][kMaxHeadDim / 4];
