@@ -306,8 +306,9 @@ def sparse_decode_step(
 
     Args:
         q: ``[batch, q_heads, head_dim]``. k, v: ``[batch, kv_heads, head_dim]`` of the new token, as in `append_kv`.
-        k_cache, v_cache, summary: as in `append_kv`; written. seq_lens: ``[batch]``, at least 1: the new token is
-            counted. budget, sink, recent, protected_lens: as in `select_pages`.
+        k_cache, v_cache, summary: as in `append_kv`; written. seq_lens: ``[batch]``, the new token counted; a sequence
+            of length 0 takes no part (its out is 0, its lse -inf and its loss 0). budget, sink, recent,
+            protected_lens: as in `select_pages`.
         k_scale, v_scale: the scales of a float8 cache, see the module.
         loss: ``[batch, q_heads]`` float32, contiguous; written; or None. `information_loss` of this step's lse, scores
             and selection (on CUDA its sum may differ in the last bits).

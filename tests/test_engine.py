@@ -16,6 +16,7 @@ OPERATORS = [
     "evict_pages",
     "fold_mass",
     "information_loss",
+    "sparse_decode_step",
     "lz77_append",
     "guardian_check",
 ]
