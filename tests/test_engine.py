@@ -17,6 +17,7 @@ OPERATORS = [
     "fold_mass",
     "information_loss",
     "sparse_decode_step",
+    "represent_page",
     "lz77_append",
     "guardian_check",
 ]
