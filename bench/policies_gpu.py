@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """What each policy's decision costs on one GPU, beside dense attention: bench/policies_gpu.py [--out FILE]
 
-A decision is all that a policy does in a step but the attention: write, select, observe. Figures are microseconds of
-one layer, medians of CUDA-graph replays over enough layers that L2 cannot help with what grows with the context; each
-replay is one token further on. Writes JSON with device, versions, commit and every figure; prints each as it comes.
+A decision is all that a policy does in a step but the attention: write, select, observe. Of a policy that does all of a
+step in one operator it is that operator's time, less that of the attention alone over the pages that are read. Figures
+are microseconds of one layer over enough layers that L2 cannot help with what grows with the context: medians of the
+mean of as many CUDA-graph replays as a page has tokens, each one token further on. Writes JSON with device, versions,
+commit and every figure; prints each as it comes.
 """
 
 from __future__ import annotations
@@ -58,22 +60,30 @@ def decision(name: str, batch: int, context: int) -> dict:
     summaries = batch * context // PAGE_SIZE * KV_HEADS * HEAD_DIM * 2
     case = PolicyCase(name, batch, context, spare=SPARE + 64, layers=layers_for(summaries), device="cuda")
     case.reserve(SPARE)
+    decide = case.fused if case.fuses else case.decide
     case.begin_step()
-    case.decide()
+    decide()
     case.begin_step()
-    count = launches(case.decide)
+    count = launches(decide)
     case.begin_step()  # nothing was derived from it yet: the graph has to do it
 
     def step():
         case.advance()
-        case.decide()
+        decide()
 
     graph = captured(step)
     for _ in range(BUDGET if case.bounded else 0):  # heads are full, and evict
         graph.replay()
-    us = round(layer_us(graph, len(case.layers)), 2)
+    layers = len(case.layers)
+    us, row = layer_us(graph, layers, PAGE_SIZE), {}
+    if case.fuses:
+        attend = case.attention()
+        attend()
+        attention_us = layer_us(captured(attend), layers, PAGE_SIZE)
+        row = {"fused_us": round(us, 2), "attention_us": round(attention_us, 2)}
+        us, count = us - attention_us, count - launches(attend)
     lil_ops.check_errors()
-    row = {"us": us, "launches": round(count / len(case.layers), 1), "layers": len(case.layers)}
+    row = {"us": round(us, 2), "launches": round(count / layers, 1), "layers": layers, **row}
     return row if case.policy.on_device else row | {"note": "steps without a cut"}
 
 
@@ -94,9 +104,9 @@ def baseline(batch: int, context: int) -> dict:
     return result
 
 
-def measure(batch: int, context: int) -> dict:
+def measure(batch: int, context: int, names: list[str]) -> dict:
     result = {"batch": batch, "context": context, **baseline(batch, context), "policies": {}}
-    for name in NAMES:
+    for name in names:
         torch.cuda.empty_cache()
         try:
             row = decision(name, batch, context)
@@ -111,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes")
     parser.add_argument("--commit", default=commit(), help="where there is no repository")
+    parser.add_argument("--policies", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help="these alone")
     arguments = parser.parse_args()
     start = time.perf_counter()
     result = {
@@ -119,7 +130,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "lil_ops": lil_ops.__version__},
         "command": "make bench-gpu",
-        "cases": [measure(*case) for case in CASES],
+        "cases": [measure(*case, arguments.policies) for case in CASES],
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,10 +1,13 @@
-"""A policy in the middle of a long decode, for the benchmarks: its decision alone, without the attention.
+"""A policy in the middle of a long decode, for the benchmarks: its decision alone, without the attention; or, of one
+that has a fused step, that, and the attention alone to be taken off.
 
 Shape A: 32 query and 8 KV heads of 128, bf16, pages of 16 tokens, a budget of 1024. What is stored, asked and
 attended to is random. Layers that read everything are left out.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -23,13 +26,15 @@ ONE_OF_A_KIND = {"dense_layers": 0}
 class PolicyCase:
     """``batch`` sequences of ``context`` tokens; ``layers`` of the policy, or as many as its model has.
 
-    spare: tokens that are still to come. Attributes: ``layers``, those timed; ``bounded``: what is held does not grow.
+    spare: tokens that are still to come. Attributes: ``layers``, those timed; ``bounded``: what is held does not grow;
+    ``fuses``: the policy has a fused step.
     """
 
     def __init__(self, name: str, batch: int, context: int, *, spare: int, layers: int = 1, device: str = "cpu"):
         num_layers, options = MODEL.get(name, (layers, ONE_OF_A_KIND))
         self.policy = policies.get(name, budget=BUDGET, **options)
         self.bounded = self.policy.memory == "bounded"
+        self.fuses = type(self.policy).fused_step is not policies.Policy.fused_step
         tokens = context + spare + (BUDGET if self.bounded else 0)
         self.cache = PagedKVCache(
             num_layers=num_layers,
@@ -103,6 +108,26 @@ class PolicyCase:
                 entries = table.shape[-1] if selection is None else selection.pages.shape[-1]
                 mass = self._mass(entries * (PAGE_SIZE if which == "token" else 1))
                 policy.observe(layer, mass, selection, cache)
+
+    def fused(self) -> None:
+        """A whole step by the policy's one operator, in each of its layers: the decision and the attention."""
+        for layer in self.layers:
+            self.policy.fused_step(
+                layer, self._q, self._k, self._v, self.cache, scale=HEAD_DIM**-0.5, softcap=0.0, loss=None
+            )
+
+    def attention(self) -> Callable[[], None]:
+        """The attention alone, over the pages that the policy reads now, in each of its layers."""
+        cache = self.cache
+        selections = [self.policy.select(layer, self._q, cache, HEAD_DIM**-0.5) for layer in self.layers]
+
+        def attend() -> None:
+            for layer, (pages, counts, _) in zip(self.layers, selections, strict=True):
+                step = cache.step_of(layer)
+                where = self._q, cache.k[layer], cache.v[layer], step.page_table, step.seq_lens
+                ops.sparse_decode(*where, pages, counts, scale=HEAD_DIM**-0.5)
+
+        return attend
 
     def _mass(self, entries: int) -> torch.Tensor:
         """As attention leaves it, ``[batch, q_heads, entries]``."""

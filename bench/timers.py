@@ -23,9 +23,12 @@ def median_us(run: Callable[[], object], repeats: int = REPEATS) -> float:
     return statistics.median(times[WARM_UP:])
 
 
-def layer_us(graph: torch.cuda.CUDAGraph, layers: int) -> float:
-    """Microseconds of one of the layers in a graph, which is replayed several times where they are few."""
-    rounds = max(1, 64 // layers)
+def layer_us(graph: torch.cuda.CUDAGraph, layers: int, least: int = 1) -> float:
+    """Microseconds of one of the layers in a graph, which is replayed several times where they are few.
+
+    least: replays of which a time is the mean, where not all of them do the same.
+    """
+    rounds = max(least, 64 // layers)
 
     def replays() -> None:
         for _ in range(rounds):

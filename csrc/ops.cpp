@@ -10,6 +10,7 @@
 #include "api/information_loss.h"
 #include "api/key_redundancy.h"
 #include "api/lz77_append.h"
+#include "api/represent_page.h"
 #include "api/score_pages.h"
 #include "api/select_pages.h"
 #include "api/sparse_decode.h"
@@ -53,6 +54,10 @@ STABLE_TORCH_LIBRARY(lil, m) {
   m.def(
       "fold_mass(Tensor(a!) priority, Tensor mass, Tensor held, Tensor seq_lens, int page_size, *, str rule=\"sum\", "
       "bool shared=False, float share=0.5) -> ()");
+  // Gathers softmax mass inside the local window, and lets the heaviest keys of the page that leaves it stand for it.
+  m.def(
+      "represent_page(Tensor(a!) summary, Tensor(b!) weight, Tensor k_cache, Tensor page_table, "
+      "Tensor seq_lens, Tensor mass, Tensor pages, Tensor? counts=None, *, int recent, int representatives) -> ()");
   // Moves the kept slots of each head to the front of its pages, in place.
   m.def("compact_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor page_table, Tensor keep, Tensor counts) -> ()");
   // How much like the others each cached key is: R-KV's redundancy, without a matrix of all pairs.
@@ -78,6 +83,7 @@ STABLE_TORCH_LIBRARY_IMPL(lil, CPU, m) {
   m.impl("sparse_decode_step", TORCH_BOX(&lil::sparse_decode_step<Backend>));
   m.impl("evict_pages", TORCH_BOX(&lil::evict_pages<Backend>));
   m.impl("fold_mass", TORCH_BOX(&lil::fold_mass<Backend>));
+  m.impl("represent_page", TORCH_BOX(&lil::represent_page<Backend>));
   m.impl("compact_kv", TORCH_BOX(&lil::compact_kv<Backend>));
   m.impl("key_redundancy", TORCH_BOX(&lil::key_redundancy<Backend>));
   m.impl("lz77_append", TORCH_BOX(&lil::lz77_append<Backend>));

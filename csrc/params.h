@@ -171,6 +171,22 @@ struct FoldMassParams {
   double share;  // kStamp: of the slots that hold a page
 };
 
+// A step's mass is gathered in the weights of the tokens inside the local window, the last `recent` ones. The page that
+// leaves it is represented by the mean of its heaviest keys.
+struct RepresentPageParams {
+  Summary summary;  // of one vector
+  float* weight;    // [batch, kv_heads, max_pages * page_size], contiguous
+  KvCache cache;    // its keys; v is k again
+  PageTable table;
+  const int32_t* seq_lens;
+  const float* mass;     // [batch, kv_heads * group, capacity * page_size], contiguous
+  const int32_t* pages;  // [batch, kv_heads, capacity]
+  int64_t pages_stride_b, pages_stride_h;
+  const int32_t* counts;  // [batch, kv_heads], contiguous, or null: every entry of pages
+  int64_t capacity;
+  int64_t batch, group, recent, representatives;
+};
+
 // Slot keep[b, h, i] of a head moves to slot i, for the first counts[b] entries.
 struct CompactKvParams {
   KvCache cache;

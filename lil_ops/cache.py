@@ -217,17 +217,15 @@ class PagedKVCache:
         self.kv_heads, self.head_dim, self.dtype, self.device = kv_heads, head_dim, dtype, torch.device(device)
         self._pools = {room: Pool(room, batch, max_tokens, page_size, num_pages, device) for room in rooms or [ALL]}
 
-        def buffers(rows: int, dtype: torch.dtype, spare: int = 0) -> list[torch.Tensor]:
+        def buffers(rows: int, dtype: torch.dtype) -> list[torch.Tensor]:
             pools = [self._pools[room] for room in rooms]
             for pool in pools:
                 pool.page_bytes += kv_heads * rows * head_dim * dtype.itemsize
-            shapes = [(pool.num_pages + spare, kv_heads, rows, head_dim) for pool in pools]
+            shapes = [(pool.num_pages, kv_heads, rows, head_dim) for pool in pools]
             return [huge_pages(torch.empty(shape, dtype=dtype, device=device)) for shape in shapes]
 
         self.k, self.v = (buffers(page_size, dtype) for _ in range(2))
-        # Where a policy fills the summaries, the last one is nobody's: that of page -1, which is not mapped.
-        spare = int(summary_mode == "representative")
-        self.summary = buffers(vectors, summary_dtype, spare) if summary_mode else [None] * num_layers
+        self.summary = buffers(vectors, summary_dtype) if summary_mode else [None] * num_layers
 
         self.prompt_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.lengths = [0] * batch  # host side: tokens of each row, forgotten ones included

@@ -306,8 +306,9 @@ def sparse_decode_step(
 
     Args:
         q: ``[batch, q_heads, head_dim]``. k, v: ``[batch, kv_heads, head_dim]`` of the new token, as in `append_kv`.
-        k_cache, v_cache, summary: as in `append_kv`; written. seq_lens: ``[batch]``, at least 1: the new token is
-            counted. budget, sink, recent, protected_lens: as in `select_pages`.
+        k_cache, v_cache, summary: as in `append_kv`; written. seq_lens: ``[batch]``, the new token counted; a sequence
+            of length 0 takes no part (its out is 0, its lse -inf and its loss 0). budget, sink, recent,
+            protected_lens: as in `select_pages`.
         k_scale, v_scale: the scales of a float8 cache, see the module.
         loss: ``[batch, q_heads]`` float32, contiguous; written; or None. `information_loss` of this step's lse, scores
             and selection (on CUDA its sum may differ in the last bits).
@@ -444,6 +445,64 @@ def fold_mass(
         priority.masked_fill_(begun, 0).add_(mass.unflatten(1, (kv_heads, -1)).sum(2))
     """
     _lil.fold_mass(priority, mass, held, seq_lens, page_size, rule=rule, shared=shared, share=share)
+
+
+def represent_page(
+    summary: torch.Tensor,
+    weight: torch.Tensor,
+    k_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    mass: torch.Tensor,
+    pages: torch.Tensor,
+    counts: torch.Tensor | None = None,
+    *,
+    recent: int,
+    representatives: int,
+) -> None:
+    """InfLLM's local window, the last ``recent`` tokens, moves on by one (Xiao et al., arXiv 2402.04617). After the
+    attention.
+
+    A token gathers weight while it is inside the window: the softmax mass that the step gave it, summed over the group.
+    A page is represented by the mean of its heaviest keys, from the moment that the next token's window leaves all of
+    it out: then no more can come to it. So a page's summary is written once, and may be scored with in mode
+    representative (`score_pages`) from the next step on.
+
+    Args:
+        summary: ``[num_pages, kv_heads, 1, head_dim]`` in the cache's dtype or float8_e4m3fn; written where a page
+            leaves the window, rounded to nearest.
+        weight: ``[batch, kv_heads, max_pages * page_size]`` float32, contiguous, of each token of a sequence; written.
+        k_cache: as in `append_kv`. Means of float8 keys are of the stored values. page_table, seq_lens: see the module;
+            a page that is not mapped is not represented, and a sequence of length 0 takes no part.
+        mass: ``[batch, q_heads, capacity * page_size]`` float32, contiguous: ``token_mass`` of `sparse_decode`.
+        pages, counts: what was read, as there; each page listed once.
+        recent: at least 1. representatives: 1 to 16, and no more than a page has: so many of its tokens with the
+            largest weights, of equals the earlier; NaN is largest.
+
+    Equivalent PyTorch, for KV head h of sequence b with n tokens, and for each ``entry`` of its list::
+
+        tokens = pages[b, h, entry] * page_size + arange(page_size)
+        got = mass[b, group, entry * page_size : (entry + 1) * page_size].sum(0)
+        inside = (tokens >= n - recent) & (tokens < n)
+        weight[b, h, tokens[inside]] += got[inside]
+
+        page, rest = divmod(n + 1 - recent, page_size)
+        if page > 0 and rest == 0:
+            best = weight[b, h, (page - 1) * page_size : page * page_size].topk(representatives).indices
+            summary[page_table[b, page - 1], h] = k_cache[page_table[b, page - 1], h, best].mean(0)
+    """
+    _lil.represent_page(
+        summary,
+        weight,
+        k_cache,
+        page_table,
+        seq_lens,
+        mass,
+        pages,
+        counts,
+        recent=recent,
+        representatives=representatives,
+    )
 
 
 def compact_kv(
@@ -636,6 +695,11 @@ def _(held, *args, **options):
 
 
 @torch.library.register_fake("lil::fold_mass")
+def _(*args, **options):
+    return None
+
+
+@torch.library.register_fake("lil::represent_page")
 def _(*args, **options):
     return None
 

@@ -17,6 +17,8 @@ OPERATORS = [
     "evict_pages",
     "fold_mass",
     "information_loss",
+    "sparse_decode_step",
+    "represent_page",
     "lz77_append",
     "guardian_check",
 ]

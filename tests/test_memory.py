@@ -59,6 +59,23 @@ def test_a_long_decode_stays_within_the_budget(model, name):
     assert sizes[1] - sizes[0] < MARGIN + 64 * TOKENS, sizes
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["sink", "h2o", "raas", "tova"])
+def test_a_long_decode_takes_no_more_device_memory(name):
+    """All that a step allocates is as large at the 3000th token as at the 1000th."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(**{**BASE, "num_hidden_layers": LAYERS, "max_position_embeddings": 4096})
+    model, peaks = hf.LlamaForCausalLM(config).eval().cuda(), {}
+    options = {"max_new_tokens": 3000, "eos_token_id": (), "guardian": Guardian(250, 0)}
+    with DecodeLoop(model, prompts(40), policy=name, budget=512, **options) as loop:
+        for event in loop:
+            if event.step + 1 in (900, 2900):  # a hundred steps each
+                torch.cuda.reset_peak_memory_stats()
+            if event.step + 1 in (1000, 3000):
+                peaks[event.step + 1] = torch.cuda.max_memory_allocated()
+    assert peaks[1000] == peaks[3000], peaks
+
+
 POLICIES = [("full", {}), *((name, {"budget": 64}) for name in policies.POLICIES if name != "full")]
 # What a case of few layers and short sequences needs.
 SMALL = {
@@ -159,6 +176,7 @@ def calls():
     table, one = torch.arange(4, dtype=torch.int32)[None], torch.tensor([0, 1], dtype=torch.int32)
     scores, held, priority = torch.zeros(1, 2, 4), torch.full((1, 2, 64), -1, dtype=torch.int32), torch.zeros(1, 2, 64)
     pages, counts = torch.arange(4, dtype=torch.int32).repeat(1, 2, 1), torch.full((1, 2), 3, dtype=torch.int32)
+    mean, weight = torch.zeros(4, 2, 1, 64), torch.zeros(1, 2, 64)
     mass, lse, places = torch.empty(1, 4, 64), torch.zeros(1, 4), torch.arange(40, dtype=torch.int32).repeat(1, 2, 1)
     return {
         "append_kv": lambda: lil_ops.append_kv(k, v, summary, new, new, table, lens, one, summary_mode="meanstd"),
@@ -169,6 +187,9 @@ def calls():
         "sparse_decode_step": lambda: lil_ops.sparse_decode_step(q, new, new, k, v, summary, table, lens, 32, loss=lse),
         "evict_pages": lambda: lil_ops.evict_pages(held, priority, lens, 1, protected_lens=lens),
         "fold_mass": lambda: lil_ops.fold_mass(priority, mass, held, lens, 1, rule="stamp"),
+        "represent_page": lambda: lil_ops.represent_page(
+            mean, weight, k, table, lens, mass, pages[..., :1], recent=9, representatives=4
+        ),
         "compact_kv": lambda: lil_ops.compact_kv(k, v, table, places, lens),
         "key_redundancy": lambda: lil_ops.key_redundancy(k, table, lens),
     }

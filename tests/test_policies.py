@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import build, prompts
+from tiny_models import LogitsLog, build, prompts
 
-from lil_ops import DecodeLoop, generate, policies, reference
+from lil_ops import DecodeLoop, Guardian, generate, policies, reference
 from lil_ops.cache import PagedKVCache
 from lil_ops.policies import Full, Quest, Sink
 
@@ -204,6 +204,39 @@ def test_quest_reads_the_pages_of_the_highest_score(options):
 def test_quest_with_a_covering_budget_reads_every_page():
     policy = Quest(96, dense_layers=0)
     assert selected(policy, filled(policy)) == [[list(range(12))] * HEADS, [list(range(10))] * HEADS]
+
+
+class Apart(Quest):
+    """Quest in the operators of its own, as `select` is another one."""
+
+    def select(self, *args):
+        self.selections = getattr(self, "selections", 0) + 1
+        return super().select(*args)
+
+
+@pytest.mark.parametrize("options", [{}, {"sink": 9, "recent": 12}, {"scoring": "meanstd"}, {"protect_prompt": True}])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_quest_in_one_operator_has_the_bits_of_its_parts(model_type, options, one_thread):
+    model, found = build(model_type), []
+    guardian = Guardian(8, 0, loss_aware=True, unit="bits")
+    for policy in (Quest, Apart):
+        policy = policy(64, dense_layers=1, **options)
+        decode = {"max_new_tokens": 40, "policy": policy, "guardian": guardian, "eos_token_id": (), "page_size": 8}
+        with DecodeLoop(model, prompts(30, 17), **decode) as loop, LogitsLog(model) as log:
+            lost = [loop.cache.lost_bits.clone() for _ in loop]
+        found.append((torch.stack(lost), *log.logits))
+    assert policy.selections > 0 and (found[0][0] > 0).any()
+    for one, parts in zip(*found, strict=True):
+        assert torch.equal(one, parts)
+
+
+def test_a_selection_of_ones_own_is_asked_for(one_thread):
+    """Whether a subclass has it, or the object."""
+    calls, policy = [], Quest(64, dense_layers=0)
+    select = policy.select
+    policy.select = lambda *args: calls.append(args[0]) or select(*args)
+    generate(build("llama"), prompts(30), max_new_tokens=3, policy=policy)
+    assert calls == 2 * [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("policy", ["sink", "h2o", "tova", "raas"])

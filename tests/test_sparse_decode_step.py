@@ -337,6 +337,28 @@ def test_a_graph_stays_right_while_lengths_grow(device):
         assert_same(a, b)
 
 
+@pytest.mark.parametrize("lengths", [[0, 300, 0, 40], [0], [0, 0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FLOAT8])
+def test_a_sequence_of_no_tokens_takes_no_part(device, dtype, lengths):
+    """Nothing of it is read or written; those beside it are as they are alone."""
+    cache = paged(device, lengths, dtype=dtype)
+    arguments = step_arguments(cache, 3, torch.float32 if dtype == torch.float32 else torch.bfloat16)
+    still = torch.tensor([length == 0 for length in lengths], device=device)
+    arguments[0][still] = torch.nan
+    before = copies(arguments)
+    out, lse = check(arguments, 64, sink=3)
+    loss = empty_loss(out)
+    lil_ops.sparse_decode_step(*copies(before), 64, sink=3, loss=loss)
+    assert (out[still] == 0).all() and (lse[still] == -torch.inf).all() and (loss[still] == 0).all()
+    *_, want_loss = reference.sparse_decode_step(*copies(before), 64, sink=3)
+    assert (want_loss[still] == 0).all()
+    others = cache.page_table[~still].flatten()
+    untouched = torch.ones(len(cache.k), dtype=torch.bool, device=device)
+    untouched[others[others >= 0]] = False
+    for a, b in zip(arguments[3:6], before[3:6], strict=True):
+        assert_same(a[untouched], b[untouched])
+
+
 def test_empty_batch(device):
     out, lse = lil_ops.sparse_decode_step(*step_arguments(paged(device, []), 2), 64)
     assert out.shape == (0, 4, 64) and lse.shape == (0, 4)

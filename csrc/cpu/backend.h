@@ -17,6 +17,7 @@ void information_loss(const InformationLossParams&, const Tensor& on);
 void sparse_decode_step(const SparseDecodeStepParams&, const Tensor& on);
 void evict_pages(const EvictPagesParams&, const Tensor& on);
 void fold_mass(const FoldMassParams&, const Tensor& on);
+void represent_page(const RepresentPageParams&, const Tensor& on);
 void compact_kv(const CompactKvParams&, const Tensor& on);
 void key_redundancy(const KeyRedundancyParams&, const Tensor& on);
 void lz77_append(const Lz77AppendParams&, const Tensor& on);
@@ -32,6 +33,7 @@ struct Backend {
   static constexpr auto sparse_decode_step = &cpu::sparse_decode_step;
   static constexpr auto evict_pages = &cpu::evict_pages;
   static constexpr auto fold_mass = &cpu::fold_mass;
+  static constexpr auto represent_page = &cpu::represent_page;
   static constexpr auto compact_kv = &cpu::compact_kv;
   static constexpr auto key_redundancy = &cpu::key_redundancy;
   static constexpr auto lz77_append = &cpu::lz77_append;

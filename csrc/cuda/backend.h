@@ -16,6 +16,7 @@ void information_loss(const InformationLossParams&, const Tensor& on);
 void sparse_decode_step(const SparseDecodeStepParams&, const Tensor& on);
 void evict_pages(const EvictPagesParams&, const Tensor& on);
 void fold_mass(const FoldMassParams&, const Tensor& on);
+void represent_page(const RepresentPageParams&, const Tensor& on);
 void compact_kv(const CompactKvParams&, const Tensor& on);
 void key_redundancy(const KeyRedundancyParams&, const Tensor& on);
 void lz77_append(const Lz77AppendParams&, const Tensor& on);
@@ -32,6 +33,7 @@ struct Backend {
   static constexpr auto sparse_decode_step = &cuda::sparse_decode_step;
   static constexpr auto evict_pages = &cuda::evict_pages;
   static constexpr auto fold_mass = &cuda::fold_mass;
+  static constexpr auto represent_page = &cuda::represent_page;
   static constexpr auto compact_kv = &cuda::compact_kv;
   static constexpr auto key_redundancy = &cuda::key_redundancy;
   static constexpr auto lz77_append = &cuda::lz77_append;

@@ -15,9 +15,9 @@ __device__ ErrorWord word;
 std::atomic<ErrorWord*> words[kMaxDevices];
 
 std::string message(const ErrorWord& e) {
-  static constexpr const char* kOps[] = {"append_kv",     "score_pages",      "select_pages",
-                                         "sparse_decode", "information_loss", "evict_pages",
-                                         "compact_kv",    "key_redundancy",   "lz77_append"};
+  static constexpr const char* kOps[] = {"append_kv",        "score_pages", "select_pages",   "sparse_decode",
+                                         "information_loss", "evict_pages", "represent_page", "compact_kv",
+                                         "key_redundancy",   "lz77_append"};
   const auto expected = [&]() -> std::string {
     switch (e.wrong) {
       case Wrong::kSeqLens:

@@ -13,6 +13,7 @@ enum class Op : int32_t {
   kSparseDecode,
   kInformationLoss,
   kEvictPages,
+  kRepresentPage,
   kCompactKv,
   kKeyRedundancy,
   kLz77Append

@@ -9,6 +9,7 @@
 #include "api/information_loss.h"
 #include "api/key_redundancy.h"
 #include "api/lz77_append.h"
+#include "api/represent_page.h"
 #include "api/score_pages.h"
 #include "api/select_pages.h"
 #include "api/sparse_decode.h"
@@ -25,6 +26,7 @@ STABLE_TORCH_LIBRARY_IMPL(lil, CUDA, m) {
   m.impl("sparse_decode_step", TORCH_BOX(&lil::sparse_decode_step<Backend>));
   m.impl("evict_pages", TORCH_BOX(&lil::evict_pages<Backend>));
   m.impl("fold_mass", TORCH_BOX(&lil::fold_mass<Backend>));
+  m.impl("represent_page", TORCH_BOX(&lil::represent_page<Backend>));
   m.impl("compact_kv", TORCH_BOX(&lil::compact_kv<Backend>));
   m.impl("key_redundancy", TORCH_BOX(&lil::key_redundancy<Backend>));
   m.impl("lz77_append", TORCH_BOX(&lil::lz77_append<Backend>));

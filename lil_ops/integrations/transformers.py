@@ -311,6 +311,9 @@ class LilCache(Cache):
         kv, policy, managed = self.kv, self.policy, self._managed[layer]
         selection, mass = None, {}
         if managed:
+            out = None if window else self._fused(layer, q, k, v, scale, softcap or 0.0)
+            if out is not None:
+                return out
             page_table, seq_lens = policy.write(layer, k, v, kv)
             selection = self._with_raised(layer, policy.select(layer, q, kv, scale))
             mass = self._room_for_mass(layer, q, page_table, selection)
@@ -332,13 +335,27 @@ class LilCache(Cache):
         if mass:
             policy.observe(layer, *mass.values(), selection, kv)
         if self.lost_bits is not None and selection is not None:
-            self._add_loss(layer, lse, selection, softcap or 0.0)
+            pages, counts, scores = selection
+            cap = softcap or 0.0
+            self._add_loss(layer, ops.information_loss(lse, scores, seq_lens, kv.page_size, pages, counts, softcap=cap))
         return out
 
-    def _add_loss(self, layer: int, lse: torch.Tensor, selection: Selection, softcap: float) -> None:
+    def _fused(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, softcap: float
+    ) -> torch.Tensor | None:
+        """`_attend_token` by the policy's fused step; None where there is none for this layer and step."""
+        every_row = self.kv.step_of(layer).cu_seqlens is None
+        if not every_row or self.raised is not None or self.policy.mass_of(layer) is not None:
+            return None
+        loss = None if self.lost_bits is None else torch.empty(q.shape[:2], device=q.device)
+        out = self.policy.fused_step(layer, q, k, v, self.kv, scale=scale, softcap=softcap, loss=loss)
+        if out is not None and loss is not None:
+            self._add_loss(layer, loss)
+        return out
+
+    def _add_loss(self, layer: int, loss: torch.Tensor) -> None:
+        """Add a layer's ``loss [batch, q_heads]`` to ``lost_bits``."""
         step = self.kv.step_of(layer)
-        pages, counts, scores = selection
-        loss = ops.information_loss(lse, scores, step.seq_lens, self.kv.page_size, pages, counts, softcap=softcap)
         bits = step.take(self.lost_bits)
         # A share of 1 in float32 is one of at least 1 - 2**-25.
         bits -= torch.log2(1 - loss.clamp(max=1 - 2**-24)).mean(1) / self.shape.num_layers

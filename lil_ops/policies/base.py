@@ -48,8 +48,8 @@ class Policy:
 
     Called: `rooms` where the cache is made; `begin` once a run; in a forward pass of several tokens, `keep` once a
     layer and sequence, where ``watches_prompt``; in one of a single token a sequence, once a layer: `write`, `select`,
-    and after the attention `observe`, where `mass_of` asks for it. Layers of which `reads_all` is true, and
-    sliding-window layers, are not the policy's.
+    and after the attention `observe`, where `mass_of` asks for it, or `fused_step` in place of them. Layers of which
+    `reads_all` is true, and sliding-window layers, are not the policy's.
     """
 
     name: ClassVar[str]
@@ -196,6 +196,30 @@ class Policy:
 
     def observe(self, layer: int, mass: torch.Tensor, selection: Selection | None, cache: PagedKVCache) -> None:
         """The softmax mass of what was read, as `ops.sparse_decode` writes it for ``selection``."""
+
+    def fused_step(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: PagedKVCache,
+        *,
+        scale: float | None,
+        softcap: float,
+        loss: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """`write`, `select` and the attention by one operator, where one does what these methods say; None where none
+        does, and nothing was done.
+
+        Arguments and result are theirs: ``[batch, heads, head_dim]``. loss: ``[batch, q_heads]`` float32, the step's
+        information loss; written; or None. Asked only where every row adds a token and nothing is observed.
+        """
+        return None
+
+    def follows(self, policy: type[Policy], *methods: str) -> bool:
+        """Whether these methods are still those of ``policy``: overridden neither by a subclass nor on the object."""
+        return all(getattr(getattr(self, name), "__func__", None) is getattr(policy, name) for name in methods)
 
     def _set_budgets(self, num_layers: int, max_tokens: int) -> None:
         entries = self.budget if isinstance(self.budget, Sequence) else [self.budget]

@@ -15,7 +15,7 @@ import torch
 
 from lil_ops import ops
 from lil_ops.policies.base import Policy, Selection
-from lil_ops.policies.slots import grouped, prompt_mass
+from lil_ops.policies.slots import prompt_mass
 
 
 class InfLLM(Policy):
@@ -42,11 +42,8 @@ class InfLLM(Policy):
     def begin(self, cache, prompt_lens):
         super().begin(cache, prompt_lens)
         tokens = -(-cache.max_tokens // cache.page_size) * cache.page_size
-        # One place more, for mass that does not count.
-        shape = cache.batch, cache.kv_heads, tokens + 1
+        shape = cache.batch, cache.kv_heads, tokens
         self.weight = [torch.zeros(shape, device=cache.device) for _ in cache.rooms]
-        self._within = torch.arange(cache.page_size, device=cache.device)
-        self._heads = torch.arange(cache.kv_heads, device=cache.device)[:, None]
 
     def keep(self, layer, i, chunk, cache):
         step = cache.step_of(layer)
@@ -55,53 +52,41 @@ class InfLLM(Policy):
         if step.held[i] == 0:
             weight.zero_()
         weight[:, :tokens] += prompt_mass(chunk, window=self.recent_of(layer))
+        # Pages that the next token's window leaves out, as `ops.represent_page` counts them.
         pages = max(0, tokens + 1 - self.recent_of(layer)) // size
         if pages:
-            best = self._heaviest(weight[:, : pages * size].unflatten(1, (pages, size)))
+            left = weight[:, : pages * size].unflatten(1, (pages, size))
+            best = left.topk(self.representatives, sorted=False).indices
             keys = chunk.k[:, : pages * size].unflatten(1, (pages, size))
             keys = keys.gather(2, best[..., None].expand(*best.shape, keys.shape[-1]))
-            self._represent(layer, cache, step.page_table[i, :pages].long(), keys.transpose(0, 1))
+            cache.summary[layer][step.page_table[i, :pages].long()] = keys.mean(2, keepdim=True).transpose(0, 1)
 
     def select(self, layer, q, cache, scale):
-        step, size, recent = cache.step_of(layer), cache.page_size, self.recent_of(layer)
-        # The last page to leave the window, at this step or some steps ago. Its weights and keys change no more: doing
-        # it again changes nothing, and no launch depends on the lengths.
-        physical, places = step.once(("left", recent), lambda: self._left(step, recent))
-        weight = step.take(self.weight[layer])
-        best = self._heaviest(weight.gather(2, places.expand(-1, cache.kv_heads, -1)))
-        self._represent(layer, cache, physical, cache.k[layer][physical[:, None, None], self._heads, best])
+        step = cache.step_of(layer)
         scores = ops.score_pages(
             q,
             cache.summary[layer],
             step.page_table,
             step.seq_lens,
-            size,
+            cache.page_size,
             scale=scale,
             summary_mode="representative",
         )
         return Selection(*self.best_pages(layer, scores.sum(1, keepdim=True).expand_as(scores), cache))
 
     def observe(self, layer, mass, selection, cache):
-        step, recent = cache.step_of(layer), self.recent_of(layer)
+        step = cache.step_of(layer)
         weight = step.take(self.weight[layer])
-        first = step.once(("first", recent), lambda: (step.seq_lens - recent).clamp(min=0)[:, None, None, None])
-        tokens = torch.add(self._within, selection.pages[..., None], alpha=cache.page_size)
-        tokens.masked_fill_(tokens < first, weight.shape[2] - 1)  # negative where nothing is listed
-        weight.scatter_add_(2, tokens.flatten(2), grouped(mass, cache.kv_heads))
+        ops.represent_page(
+            cache.summary[layer],
+            weight,
+            cache.k[layer],
+            step.page_table,
+            step.seq_lens,
+            mass,
+            selection.pages,
+            selection.counts,
+            recent=self.recent_of(layer),
+            representatives=self.representatives,
+        )
         step.put(self.weight[layer], weight)
-
-    def _left(self, step, recent: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the last page that has left the window: the physical page ``[batch]``, and the places of its tokens
-        ``[batch, 1, page_size]``. Where none has, page 0, which is read while it is in the window, whatever its score.
-        """
-        page = ((step.seq_lens - recent) // self.page_size - 1).clamp(min=0)[:, None].long()
-        return step.page_table.gather(1, page)[:, 0].long(), page[..., None] * self.page_size + self._within
-
-    def _heaviest(self, weight: torch.Tensor) -> torch.Tensor:
-        """``[..., page_size]`` -> ``[..., representatives]``: places of the heaviest, of equals any."""
-        return weight.topk(self.representatives, sorted=False).indices
-
-    def _represent(self, layer, cache, physical, keys) -> None:
-        """Let keys ``[pages, kv_heads, representatives, head_dim]`` stand for their pages by their mean, since
-        the sum of q . k over them is as much as that of q with it."""
-        cache.summary[layer][physical] = keys.mean(2, keepdim=True)

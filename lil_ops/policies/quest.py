@@ -52,3 +52,27 @@ class Quest(Policy):
             summary_mode=cache.summary_mode,
         )
         return Selection(*self.best_pages(layer, scores, cache), scores)
+
+    def fused_step(self, layer, q, k, v, cache, *, scale, softcap, loss):
+        if not self.follows(Quest, "write", "select", "best_pages"):
+            return None
+        step = cache.step_of(layer)
+        out, _ = ops.sparse_decode_step(
+            q,
+            k,
+            v,
+            cache.k[layer],
+            cache.v[layer],
+            cache.summary[layer],
+            step.page_table,
+            step.seq_lens,
+            self.budget_of(layer),
+            sink=self.sink,
+            recent=self.recent_of(layer),
+            protected_lens=self.protected_lens(cache, layer),
+            scale=scale,
+            softcap=softcap,
+            summary_mode=cache.summary_mode,
+            loss=loss,
+        )
+        return out

@@ -102,11 +102,6 @@ class TokenSlots(Policy):
         step.put(self.priority[layer], priority)
 
 
-def grouped(mass: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """``[batch, q_heads, n]`` -> ``[batch, kv_heads, n]``: the sum over each group."""
-    return mass.unflatten(1, (kv_heads, -1)).sum(2)
-
-
 def prompt_mass(chunk: Chunk, queries: int | None = None, window: int | None = None) -> torch.Tensor:
     """``[kv_heads, tokens]`` float32: the softmax mass that each token of ``chunk.k`` gets from the last ``queries`` of
     the new ones (None: all), summed over them and over the group. window: a query's mass on its last so many tokens

@@ -13,6 +13,7 @@ from lil_ops.reference.guardian_check import guardian_check
 from lil_ops.reference.information_loss import information_loss
 from lil_ops.reference.key_redundancy import key_redundancy
 from lil_ops.reference.lz77_append import lz77_sizes
+from lil_ops.reference.represent_page import represent_page
 from lil_ops.reference.score_pages import score_pages
 from lil_ops.reference.select_pages import select_pages
 from lil_ops.reference.sparse_decode import attention_mass, sparse_decode
@@ -28,6 +29,7 @@ __all__ = [
     "information_loss",
     "key_redundancy",
     "lz77_sizes",
+    "represent_page",
     "score_pages",
     "select_pages",
     "sparse_decode",

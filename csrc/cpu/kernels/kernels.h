@@ -49,6 +49,7 @@ struct Kernels {
                          int64_t begin, int64_t end);
   // Over batch x kv_heads; `scratch` is the thread's own, max_pages + kLossPadding.
   void (*information_loss)(const InformationLossParams&, float* scratch, int64_t begin, int64_t end);
+  void (*represent_page)(const RepresentPageParams&, int64_t begin, int64_t end);  // over batch x kv_heads
   // Over batch x kv_heads x blocks of kRedundancyRows slots. What each row drops goes to `dropped` [batch, kv_heads,
   // slots]; `scratch` is the thread's own, kRedundancyScratch.
   void (*redundancy_rows)(const KeyRedundancyParams&, Dropped* dropped, float* scratch, int64_t begin, int64_t end);

@@ -6,7 +6,7 @@
 namespace lil::cpu::LIL_ISA {
 
 extern const Kernels kKernels;
-const Kernels kKernels{LIL_STRING(LIL_ISA), append_kv,      score_pages,      select_pages,
-                       attend_chunks,       combine_chunks, information_loss, redundancy_rows};
+const Kernels kKernels{LIL_STRING(LIL_ISA), append_kv,        score_pages,    select_pages,   attend_chunks,
+                       combine_chunks,      information_loss, represent_page, redundancy_rows};
 
 }  // namespace lil::cpu::LIL_ISA

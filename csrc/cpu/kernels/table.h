@@ -12,6 +12,7 @@ void attend_chunks(const SparseDecodeParams&, const AttendItem*, const Partials&
 void combine_chunks(const SparseDecodeParams&, const AttendItem*, const int64_t* first_item, const Partials&,
                     int64_t begin, int64_t end);
 void information_loss(const InformationLossParams&, float* scratch, int64_t begin, int64_t end);
+void represent_page(const RepresentPageParams&, int64_t begin, int64_t end);
 void redundancy_rows(const KeyRedundancyParams&, Dropped* dropped, float* scratch, int64_t begin, int64_t end);
 
 }  // namespace lil::cpu::LIL_ISA
