@@ -71,7 +71,7 @@ def jct_lines(result: dict) -> list[str]:
             continue
         ratio = f"{peer[row['context']] / row['jct_s']:.2f}x" if peer.get(row["context"]) else ""
         lines.append(
-            f"| {row['context']} | {row['way']} | {row['right']} of {row['n']} | {row['ended']} | {row['tokens']:.0f} | "
-            f"{row['ttft_s']:.2f} | {row['jct_s']:.2f} | {row['batch_s']:.2f} | {ratio} |"
+            f"| {row['context']} | {row['way']} | {row['right']} of {row['n']} | {row['ended']} | "
+            f"{row['tokens']:.0f} | {row['ttft_s']:.2f} | {row['jct_s']:.2f} | {row['batch_s']:.2f} | {ratio} |"
         )
     return lines
