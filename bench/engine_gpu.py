@@ -118,7 +118,7 @@ def of_kernels(profile: torch.profiler.profile) -> dict:
         for event in profile.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     )
-    stop = sum(end - start for start, end, name in kernels if "lz77" in name or "guardian" in name)
+    stop = sum(end - start for start, end, name in kernels if "lz77" in name.lower() or "guardian" in name)
     gaps = [later[0] - earlier[1] for earlier, later in itertools.pairwise(kernels)]
     return {
         "kernels_us": round(sum(end - start for start, end, _ in kernels) / PROFILED, 1),
