@@ -1,7 +1,8 @@
 """What each policy's decision costs in a step (all but the attention), beside dense attention over the same context.
 
 Steps are real ones, one token after the other, so that what happens now and then (a page that is opened, a compaction)
-has its share: a round is the mean of many steps. Dense attention and a plain append are timed in the same round.
+has its share: a round is the mean of many steps. Dense attention and a plain append are timed in the same round. Of a
+policy with a fused step the operators apart are timed: on the CPU the fused one is these in a row.
 """
 
 import statistics

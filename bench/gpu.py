@@ -2,8 +2,9 @@
 """The package on a machine with a GPU, from a bare checkout: bench/gpu.py test|sanitize|bench|policies [ARGUMENTS ...]
 
 Builds in place for the GPUs found, with the Python that runs this: it has a torch with CUDA and what pyproject.toml
-names for building and testing; nothing is installed. Then ``test`` runs the operators' test files (ARGUMENTS go to
-pytest, whose exit code is returned; LIL_RANDOM_CASES=10000 for so many random cases), ``sanitize`` runs some of them
+names for building and testing; nothing is installed. Then ``test`` runs the operators' test files, and the one of
+device memory in long decodes (ARGUMENTS go to pytest, whose exit code is returned; LIL_RANDOM_CASES=10000 for so many
+random cases), ``sanitize`` runs some of them
 under each tool of compute-sanitizer (LIL_SANITIZER="memcheck racecheck" for some of the tools), ``bench`` runs
 bench/peers.py (ARGUMENTS go there), bench/policies_gpu.py and bench/engine_gpu.py, and ``policies`` the second alone
 (ARGUMENTS go there). Tests run in several processes where pytest-xdist is there.
@@ -29,13 +30,16 @@ def operator_tests() -> list[str]:
     return [str(file) for file in files if re.search(r"^OPERATORS? = ", file.read_text(), re.MULTILINE)]
 
 
+# Of files that do not take a device.
+OTHER_TESTS = ["test_memory.py::test_a_long_decode_takes_no_more_device_memory"]
+
 # A few cases of every kernel: under the sanitizer a test takes many times its time.
 SANITIZED = (
     "cuda and ((one_token or mean_and_deviation) and cuda-16 or float8_head_dims and (cuda-64-page or cuda-256-page) "
     "or float8_summary_head_dims and cuda-64 or "
     "ragged or many_pages or more_pages or long_sequence or empty or values_out or only_at_interval or any_masses or "
     "selected_pages or loss_bounds or in_a_row or test_meanstd_estimates or many_heads or test_random_cases or "
-    "always_read or many_keys or any_representatives or "
+    "always_read or many_keys or any_representatives or step_by_step or "
     "a_bad_row or full_to_the_last or states_move or another_vocabulary)"
 )
 PROCESSES = ["-n", "8"] if importlib.util.find_spec("xdist") else []
@@ -59,7 +63,7 @@ def main(arguments: list[str]) -> int:
     elif what == "policies":
         commands = [[*policies, *arguments]]
     elif what == "test":
-        commands = [[*tests, *arguments]]
+        commands = [[*tests, *(f"{ROOT}/tests/{test}" for test in OTHER_TESTS), *arguments]]
     else:
         environment.setdefault("LIL_RANDOM_CASES", "10")
         sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all", "--tool"]

@@ -57,8 +57,8 @@ heads of 128), bf16, page 16, budget 1024, {batch}; {how} LessIsMore: the mean o
 dense ones, two of which select. *%*: of dense attention over the same context. Asked: {asked}. **Bold**: misses it."""
 STEPS = "the mean of up to 128 steps, one after another."
 REPLAYS = """medians of CUDA-graph replays over distinct layers.
-Quest does all of a step in `sparse_decode_step`: its row is that, less the attention alone over the pages that it reads
-(launches likewise). *Added*: to a plain append, at 32768, batch 1."""
+Quest does all of a step in `sparse_decode_step`: its row is that, less the attention alone over the pages that it
+reads, launches likewise (`fused_us` and `attention_us` in the JSON). *Added*: to a plain append, at 32768, batch 1."""
 MOST_SHARE, MOST_ADDED, ASKED_CONTEXT = 0.15, 10, 32768
 
 LONG_DECODE = """### Long decodes

@@ -58,10 +58,9 @@ def append_kv(
             sequence of length 0 takes no part.
         summary_mode: what a summary holds: ``"minmax"``, the exact min and max of each element; ``"meanstd"``, its mean
             and population standard deviation. ``"representative"`` is refused: which keys represent a page is for the
-            policy to say, which writes such summaries itself. A float8 summary of a wider cache has the largest float8
-            value that is not above the min, and the smallest that is not below the max, so that they stay bounds; NaN
-            where there is none (a min below -448, a max above 448). Means and deviations are rounded to nearest and
-            saturate.
+            policy to say, see `represent_page`. A float8 summary of a wider cache has the largest float8 value that is
+            not above the min, and the smallest that is not below the max, so that they stay bounds; NaN where there is
+            none (a min below -448, a max above 448). Means and deviations are rounded to nearest and saturate.
         k_scale, v_scale: see the module. A float8 cache stores ``k / scale``, divided in float32, rounded to nearest
             even, and saturated at +-448, infinities too; NaN stays NaN. (torch's own conversion may give NaN for what
             is too large.)

@@ -254,9 +254,11 @@ def test_values_out_of_range(device, what):
     with pytest.raises(RuntimeError, match=f"{what}: expected"):
         lil_ops.represent_page(**arguments, recent=16, representatives=4)
         lil_ops.check_errors()
-    assert_same(arguments["summary"], before["summary"])
-    if what != "page_table" or device == "cpu":  # on CUDA the weights are gathered all the same
+    # On CUDA what is wrong is skipped, and the rest is done.
+    if device == "cpu" or what != "page_table":
         assert_same(arguments["weight"], before["weight"])
+    if device == "cpu" or what in ("seq_lens", "page_table"):
+        assert_same(arguments["summary"], before["summary"])
 
 
 def test_opcheck(device):
