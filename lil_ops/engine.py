@@ -36,13 +36,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of a request. Fields as in `GenerationResult`, of one sequence; ``phrases``, ``bits``: its size."""
+    """What became of a request. Fields as in `GenerationResult`, of one sequence; ``phrases``, ``bits``: its size.
+    kv_bytes: of the pages that were its own, those of its whole length."""
 
     request: Request
     tokens: list[int]
     stop_reason: StopReason
     phrases: int
     bits: int
+    kv_bytes: int
     events: list[ActionEvent] = field(default_factory=list)
 
 
@@ -229,6 +231,11 @@ class Engine(ModelLoop):
             self.step()
             yield from self.completed()
 
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was sent."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
     def _device_step(self, raised: bool) -> None:
         """One step of all slots: tensor operations only, on tensors that never move."""
         running = self._stop == StopReason.RUNNING
@@ -304,7 +311,8 @@ class Engine(ModelLoop):
                 self._act(row, course, count)
                 continue
             tokens = self._output[row, :count].tolist()
-            done.append(Completion(slot.request, tokens, StopReason(code), phrases, bits, course.events))
+            kv_bytes = self.cache.kv.bytes_of(row)
+            done.append(Completion(slot.request, tokens, StopReason(code), phrases, bits, kv_bytes, course.events))
             self._slots[row] = None
             self.cache.kv.free(row)
         return done

@@ -87,6 +87,26 @@ def outcome(run: records.Run) -> dict:
     }
 
 
+def test_the_engine_gives_the_records_of_the_loop(recorded, evaluate, tmp_path):
+    grid = ["--policy", "full,sink", "--budget", "16", "--stop", f"off,{GUARDIAN}"]
+    code, _, err = evaluate("--engine", *grid)
+    assert code == 0 and not err
+    loops, engines = (sorted(path.glob("*.jsonl")) for path in (recorded, tmp_path / "runs"))
+    assert [path.name for path in loops] == [path.name for path in engines] and len(loops) == 4
+    for loop, engine in zip(map(read, loops), map(read, engines), strict=True):
+        assert loop.shared != engine.shared
+        # In the engine a sequence has the pages of its whole length from the start.
+        for of_loop, of_engine in zip(outcome(loop).values(), outcome(engine).values(), strict=True):
+            assert of_engine.pop("kv_bytes") >= of_loop.pop("kv_bytes")
+            assert of_loop == of_engine
+        assert all(0 < r["ttft_s"] <= r["jct_s"] for r in engine.records.values())
+
+
+def test_the_engine_leaves_out_what_it_cannot_serve(evaluate):
+    code, _, err = evaluate("--engine", "--policy", "rkv", "--budget", "64")
+    assert code == 2 and "policy rkv decides on the host" in err
+
+
 def test_every_record_is_what_generate_gives(recorded, folder):
     assert sorted(path.name for path in recorded.iterdir()) == [
         "full.guardian-10-8.jsonl",

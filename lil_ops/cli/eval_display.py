@@ -17,11 +17,10 @@ from lil_ops.cli.display import REFRESH_SECONDS, seconds, size
 
 if TYPE_CHECKING:
     from lil_ops.evaluation.records import Run
-    from lil_ops.result import StepEvent
 
 
 class GridView:
-    """One combination while it runs. A context manager; call `step` with every `StepEvent`."""
+    """One combination while it runs. A context manager; `step` is an `OnStep`."""
 
     def __init__(self, console: Console, name: str, problems: int, done: int):
         self._console = console
@@ -41,11 +40,11 @@ class GridView:
     def __exit__(self, *exception) -> None:
         self._progress.stop()
 
-    def step(self, event: StepEvent) -> None:
-        self._stopped += len(event.stop)
+    def step(self, running: int, stopped: int, tokens: int, duration: float) -> None:
+        self._stopped += stopped
         if time.monotonic() - self._drawn >= REFRESH_SECONDS:
             self._drawn = time.monotonic()
-            status = f"{len(event.tokens)} running, token {event.step + 1}, step {seconds(event.seconds)}"
+            status = f"{running} running, token {tokens}, step {seconds(duration)}"
             self._progress.update(self._task, completed=self._done + self._stopped, status=status, refresh=True)
 
     def finished(self, count: int) -> None:

@@ -82,6 +82,9 @@ def evaluate(
         int, option(GENERATION, "Of the draws, with each problem's id.", show_default=True, min=0, metavar="<int>")
     ] = 0,
     batch: Annotated[int, option(GENERATION, "Problems decoded at once.", show_default=True, min=1)] = 8,
+    engine: Annotated[
+        bool, option(GENERATION, "Serve a batch by the engine: on CUDA a step is one graph.", "--engine")
+    ] = False,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         option(MODEL, "Of weights and KV cache.", show_default="the checkpoint's; float32 for GGUF"),
@@ -166,7 +169,16 @@ def _runner(
         with user_errors(ValueError):
             final = Answer.from_tokenizer(tokenizer, options["answer_text"], options["answer_tokens"])
     return Runner(
-        network, tokenizer, problems, prompts, checker, loop_options, options["seed"], options["batch"], final
+        network,
+        tokenizer,
+        problems,
+        prompts,
+        checker,
+        loop_options,
+        options["seed"],
+        options["batch"],
+        final,
+        options["engine"],
     )
 
 
@@ -188,6 +200,7 @@ def _settings(runner: Runner, fingerprint: str, options: dict) -> dict:
         **{name: options[name] for name in ("model", "data", "template", "ignore_eos", "seed", "batch", "device")},
         **{name: options[name] for name in ("answer_text", "answer_tokens")},
         **{name: options[name] for name in LOOP_OPTIONS},
+        **({"engine": True} if options["engine"] else {}),
         "answer_by": options["answer"],
         "chat": bool(runner.tokenizer.chat_template) if chat is None else chat,
         "dtype": str(runner.model.dtype).removeprefix("torch."),

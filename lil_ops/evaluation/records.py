@@ -70,7 +70,7 @@ class Run:
     @property
     def shared(self) -> tuple:
         """The settings that a run must have too to be compared with this one."""
-        return tuple(json.dumps(self.settings[key]) for key in SHARED)
+        return tuple(json.dumps(self.settings.get(key)) for key in (*SHARED, "engine"))
 
     def curve(self, id: str, unit: str = "phrases") -> np.ndarray:
         """The size of a problem's output after each token."""
@@ -78,7 +78,7 @@ class Run:
         return _C.lz77_trace(tokens, self.settings["vocab_size"])[("phrases", "bits").index(unit)]
 
 
-# Settings that runs must share to be compared; times are compared too.
+# Settings that runs must share to be compared; times are compared too. "engine", where it served the batches, as well.
 SHARED = (
     "model", "dtype", "problems_sha256", "template", "chat", "answer_by", "max_new_tokens", "ignore_eos", "temperature",
     "top_k", "top_p", "seed", "batch", "page_size", "device",

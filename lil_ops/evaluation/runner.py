@@ -7,26 +7,47 @@ batches that it would have had, and with them the rounding of its matrix product
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from lil_ops.actions import Answer
+from lil_ops.actions import ActionEvent, Answer
 from lil_ops.decode import DecodeLoop
+from lil_ops.engine import Engine, Request
 from lil_ops.evaluation import stops
 from lil_ops.evaluation.answers import Checker
 from lil_ops.evaluation.data import Problem
 from lil_ops.evaluation.grid import Combination
 from lil_ops.evaluation.records import Writer
-from lil_ops.result import GenerationResult, StepEvent
+from lil_ops.stopping import StopReason
 from lil_ops.text import Detokenizer
+
+# Called after a step: sequences that ran in it, those of them that ended, tokens so far, seconds.
+OnStep = Callable[[int, int, int, float], object]
+
+
+class Outcome(NamedTuple):
+    """What became of one problem; the times are of `lil_ops.evaluation.records.RECORD`."""
+
+    tokens: list[int]
+    stop: StopReason
+    kv_bytes: int
+    phrases: int
+    lost_bits: float | None
+    events: list[ActionEvent]
+    ttft: float
+    tbt: float
+    jct: float
 
 
 @dataclass(frozen=True)
 class Runner:
     """A model with its problems. ``prompts``: the ids of each. ``loop_options``: those of `DecodeLoop` that all
-    combinations share, without the seed."""
+    combinations share, without the seed. engine: serve a batch by `Engine`, in which a sequence takes the pages of its
+    whole length at once, and losses are not recorded."""
 
     model: object
     tokenizer: object
@@ -37,10 +58,16 @@ class Runner:
     seed: int
     batch: int
     answer: Answer | None = None  # what stop rules bring about that answer
+    engine: bool = False
 
     def check(self, combination: Combination) -> None:
         """Raise ValueError where the longest prompt, and so some batch, cannot be run."""
-        self._loop(combination, [max(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))])
+        longest = max(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
+        if self.engine:
+            cache = self._engine(combination, [longest]).cache
+            cache.policy.check_budget(cache.kv, [len(self.prompts[longest])])
+        else:
+            self._loop(combination, [longest])
 
     def pending(self, done: Sequence[str]) -> list[list[int]]:
         """The batches, as places in the list of problems, of which a record is missing."""
@@ -49,60 +76,121 @@ class Runner:
         return [batch for batch in batches if any(self.problems[i].id not in done for i in batch)]
 
     def run(
-        self, combination: Combination, writer: Writer, on_step: Callable[[StepEvent], object] = lambda event: None
+        self, combination: Combination, writer: Writer, on_step: OnStep = lambda *facts: None
     ) -> Iterator[list[dict]]:
         """Decode what is missing and write it; gives each batch's new records once they are on the disk."""
         done = writer.run.records
-        batches = self.pending(done)
-        if batches:
+        batches, decode = self.pending(done), self._serve if self.engine else self._decode
+        if batches and not self.engine:
             self._warm_up(combination, batches[0][0])
         for batch in batches:
             try:
-                with self._loop(combination, batch) as loop:
-                    for event in loop:
-                        on_step(event)
+                outcomes = decode(combination, batch, on_step)
             except torch.OutOfMemoryError as error:
                 raise ValueError(f"{combination.name}: no memory for {len(batch)} problems at once: {error}") from error
-            result = loop.result()
             # Where single lines were damaged, the rest of the batch ran to give them the company they had.
-            records = [self.record(i, result, row) for row, i in enumerate(batch) if self.problems[i].id not in done]
+            records = [
+                self.record(i, outcome)
+                for i, outcome in zip(batch, outcomes, strict=True)
+                if self.problems[i].id not in done
+            ]
             writer.append(records)
             yield records
 
-    def record(self, i: int, result: GenerationResult, row: int) -> dict:
+    def record(self, i: int, outcome: Outcome) -> dict:
         """The line of problem ``i``; `lil_ops.evaluation.records.RECORD` says what is in it."""
-        problem, tokens = self.problems[i], result.tokens[row]
-        detokenizer = Detokenizer(self.tokenizer)
-        pieces = [detokenizer.push(token) for token in tokens]
+        problem, detokenizer = self.problems[i], Detokenizer(self.tokenizer)
+        pieces = [detokenizer.push(token) for token in outcome.tokens]
         pieces[-1] += detokenizer.rest()
         text = "".join(pieces)
         answer, correct = self.checker.check(text, problem.answer)
-        # The batch goes on after a row has stopped; its own time ends with its last token.
-        times = result.step_times[: len(tokens)]
         return {
             "id": problem.id,
             "gold": problem.answer,
             "answer": answer,
             "correct": correct,
-            "stop": result.stop_reason[row].name.lower(),
+            "stop": outcome.stop.name.lower(),
             "prompt_tokens": len(self.prompts[i]),
-            "ttft_s": times[0],
-            "tbt_s": sum(times[1:]) / max(len(times) - 1, 1),
-            "jct_s": sum(times),
-            "kv_bytes": result.kv_bytes[row],
-            "phrases": result.phrases[row],
-            "lost_bits": result.lost_bits[row] if result.lost_bits else None,
-            "events": [list(event) for event in result.events[row]],
+            "ttft_s": outcome.ttft,
+            "tbt_s": outcome.tbt,
+            "jct_s": outcome.jct,
+            "kv_bytes": outcome.kv_bytes,
+            "phrases": outcome.phrases,
+            "lost_bits": outcome.lost_bits,
+            "events": [list(event) for event in outcome.events],
             "text": text,
             "lengths": [len(piece) for piece in pieces],
-            "tokens": tokens,
+            "tokens": outcome.tokens,
         }
+
+    def _decode(self, combination: Combination, batch: list[int], on_step: OnStep) -> list[Outcome]:
+        with self._loop(combination, batch) as loop:
+            for event in loop:
+                on_step(len(event.tokens), len(event.stop), event.step + 1, event.seconds)
+        result, outcomes = loop.result(), []
+        for row, tokens in enumerate(result.tokens):
+            # The batch goes on after a row has stopped; its own time ends with its last token.
+            times = result.step_times[: len(tokens)]
+            outcomes.append(
+                Outcome(
+                    tokens,
+                    result.stop_reason[row],
+                    result.kv_bytes[row],
+                    result.phrases[row],
+                    result.lost_bits[row] if result.lost_bits else None,
+                    result.events[row],
+                    ttft=times[0],
+                    tbt=sum(times[1:]) / max(len(times) - 1, 1),
+                    jct=sum(times),
+                )
+            )
+        return outcomes
+
+    def _serve(self, combination: Combination, batch: list[int], on_step: OnStep) -> list[Outcome]:
+        requests = [
+            Request(self.prompts[i], self.loop_options["max_new_tokens"], seed_of(self.seed, self.problems[i].id))
+            for i in batch
+        ]
+        outcomes, steps = {}, 0
+        with self._engine(combination, batch) as engine:
+            # Nobody sees these tokens; the step is captured with them.
+            list(engine.run([Request(self.prompts[batch[0]], 2)]))
+            start = time.perf_counter()
+            for request in requests:
+                engine.add(request)
+            engine.synchronize()
+            first = now = time.perf_counter()
+            while engine.free_slots < len(batch):
+                running, before = len(batch) - engine.free_slots, now
+                engine.step()
+                completions, now, steps = engine.completed(), time.perf_counter(), steps + 1
+                for done in completions:
+                    outcomes[id(done.request)] = Outcome(
+                        done.tokens, done.stop_reason, done.kv_bytes, done.phrases, None, done.events,
+                        ttft=first - start, tbt=(now - first) / max(len(done.tokens) - 1, 1), jct=now - start,
+                    )  # fmt: skip
+                on_step(running, len(completions), steps + 1, now - before)
+        return [outcomes[id(request)] for request in requests]
 
     def _warm_up(self, combination: Combination, i: int) -> None:
         """Two tokens that nobody sees: what happens once (thread pools, code paged in) is in no problem's TTFT."""
         with self._loop(combination, [i], max_new_tokens=2) as loop:
             for _ in loop:
                 pass
+
+    def _engine(self, combination: Combination, batch: list[int]) -> Engine:
+        options = dict(self.loop_options)
+        max_tokens = max(len(self.prompts[i]) for i in batch) + options.pop("max_new_tokens")
+        return Engine(
+            self.model,
+            slots=len(batch),
+            max_tokens=max_tokens,
+            policy=combination.policy,
+            guardian=stops.parse(combination.stop),
+            action=stops.action(combination.stop, self.answer),
+            **options,
+            **combination.policy_options,
+        )
 
     def _loop(self, combination: Combination, batch: list[int], **overrides) -> DecodeLoop:
         try:
