@@ -193,9 +193,10 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "read_gb_s": round(bandwidth / 1e9),
         "versions": {"torch": torch.__version__, "transformers": hf.__version__},
-        "command": "make bench-gpu",
+        "command": " ".join(["python", "bench/engine_gpu.py", *sys.argv[1:]]),
     }
-    options.out.write_text(json.dumps(facts | {"budget": BUDGET, "rows": rows}, indent=1) + "\n")
+    runs = [facts | {"budget": BUDGET, "rows": rows}]
+    options.out.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

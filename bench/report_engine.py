@@ -22,12 +22,22 @@ JCT over this one."""
 NAMES = {"generate": "transformers", "static": "transformers, static"}
 
 
+AN_EARLIER_RUN = """An earlier run, not to be compared with the one above: `{command}`; commit {commit}."""
+
+
 def engine_lines(result: dict) -> list[str]:
-    lines = [ENGINE.format(**result, **result["versions"]) + NOTE, ""]
-    lines.append(
-        "| model, batch, context | how | step | floor | step / floor | kernels | step / kernels | stop | gap |"
-    )
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    last, *earlier = result["runs"]
+    lines = [ENGINE.format(**last, **last["versions"]) + NOTE, "", *_table(last)]
+    for run in earlier:
+        lines += ["", AN_EARLIER_RUN.format(**run), "", *_table(run)]
+    return lines
+
+
+def _table(result: dict) -> list[str]:
+    lines = [
+        "| model, batch, context | how | step | floor | step / floor | kernels | step / kernels | stop | gap |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for row in result["rows"]:
         how = NAMES.get(row["how"], row["how"])
         name = f"{row['shape']}, {row['batch']}, {row['context'] // 1024}k"
@@ -37,11 +47,11 @@ def engine_lines(result: dict) -> list[str]:
             lines.append(f"| {name} | {how} | {row['tbt_us']}{_against(row, result)} | | | | | | |")
         else:
             over, busy = row["tbt_us"] / row["floor_us"], row["tbt_us"] / row["kernels_us"]
-            share = row["stop_us"] / row["tbt_us"]
+            share = row["stop_us"] / row["tbt_us"] if "stop_us" in row else None
             lines.append(
                 f"| {name} | {how} | {row['tbt_us']} | {row['floor_us']} | {_bold(f'{over:.2f}x', over > 1.2)} | "
                 f"{row['kernels_us']} in {row['kernels']} | {_bold(f'{busy:.2f}x', busy > 1.03)} | "
-                f"{_bold(f'{share:.2%}', share > 0.005)} | {row['gap_us']} |"
+                f"{'' if share is None else _bold(f'{share:.2%}', share > 0.005)} | {row['gap_us']} |"
             )
     return lines
 
