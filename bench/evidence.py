@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-
 CLI = "from lil_ops.cli import main; main()"  # `lil-ops` of this checkout
 
 
@@ -38,8 +37,6 @@ FIXED = "guardian:64:5,guardian:250:20"
 ANSWER = "guardian:64:5+answer"
 ACTIONS = f"{ANSWER},guardian:64:5+rescue,guardian:64:5+rescue+answer"
 LOSS = "loss:64:5:1,loss:64:5:0.25,loss:64:5:4,loss:250:20:1"
-WHOLE = "quest", "infllm", "lessismore"  # hold everything
-BOUNDED = "rkv", "h2o", "tova", "sink", "raas", "snapkv"
 
 
 def free(budgets: dict[str, str]) -> list[Part]:
@@ -47,18 +44,16 @@ def free(budgets: dict[str, str]) -> list[Part]:
     return [Part(policy, budget) for policy, budget in budgets.items()] + [Part("full")]
 
 
-def ruled(whole: str, bounded: dict[str, str]) -> list[Part]:
-    """Rules that change what is decoded, and those two of the paper's kind on a few, which a replay must agree with."""
-    return [
-        *[Part(policy, whole, ACTIONS) for policy in WHOLE],
-        *[Part(policy, budget, ANSWER) for policy, budget in bounded.items()],
-        *[Part(policy, whole, LOSS) for policy in ("quest", "quest:scoring=meanstd")],
-        Part("quest", whole, FIXED),
-        Part("full", stop=f"{FIXED},{ANSWER},guardian:250:20+answer"),
-    ]
-
-
 PROTECTED = [f"{policy}:protect_prompt=true" for policy in ("rkv", "h2o:recent=32", "tova", "sink")]
+EVERY = "64,96,128,192,256"
+TINY12 = {
+    "quest": EVERY, "quest:scoring=meanstd": EVERY, "snapkv": EVERY, "infllm": EVERY, "lessismore": EVERY,
+    "raas": "128,192,256", "rkv": EVERY, "h2o": EVERY, "tova": EVERY, "sink": EVERY,
+} | dict.fromkeys(PROTECTED, "128,160,208,256")  # fmt: skip
+TINY20 = {
+    "quest": "64,96,128,192", "quest:scoring=meanstd": "64,96,128,192", "snapkv": "96,128,192", "raas": "256,320,384",
+    "lessismore": "128,256", "infllm": "128,256",
+} | dict.fromkeys(PROTECTED, "256,384")  # fmt: skip
 TINY = ["--batch", "500", "--answer", r"regex:#(\d\d)", "--answer-text", "#", "--answer-tokens", "4"]
 GSM8K = ["--limit", "100", "--batch", "100", "--max-new-tokens", "2048", "--temperature", "0.6", "--answer", "math"]
 GSM8K += ["--answer-text", "\n\nThe final answer is \\boxed{", "--answer-tokens", "48"]
@@ -69,12 +64,20 @@ CHECKED = (
 )
 
 
-def tiny(tokens: int, bounded: str, whole: str, protected: str) -> dict[str, Set]:
-    """The grid without stop rules, and what is run with them at three budgets around the fall of accuracy."""
+def tiny(tokens: int, near: str, free_budgets: dict[str, str]) -> dict[str, Set]:
+    """The grid without stop rules; with them Quest at the budgets ``near`` which it falls, and what holds a budget."""
     options = [*TINY, "--max-new-tokens", str(tokens)]
-    budgets = dict.fromkeys([*WHOLE, "quest:scoring=meanstd", *BOUNDED], bounded) | dict.fromkeys(PROTECTED, protected)
-    knee = dict.fromkeys(BOUNDED, bounded.split(",", 2)[-1]) | dict.fromkeys(PROTECTED[1::2], protected)
-    return {"": Set(options, free(budgets)), "-ruled": Set(options, ruled(whole, knee))}
+    bounded = [Part(policy, free_budgets[policy], ANSWER) for policy in ("raas", "snapkv", *PROTECTED)]
+    ruled = [
+        Part("quest", near, ACTIONS),
+        Part("quest", near, LOSS),
+        Part("quest:scoring=meanstd", near, LOSS),
+        Part("quest", near, FIXED),
+        Part("full", stop=f"{FIXED},{ANSWER},guardian:250:20+answer"),
+        Part("infllm", free_budgets["infllm"], ACTIONS),
+        Part("lessismore", free_budgets["lessismore"], ACTIONS),
+    ]
+    return {"": Set(options, free(free_budgets)), "-ruled": Set(options, ruled + bounded)}
 
 
 def gsm8k(template: str) -> dict[str, Set]:
@@ -93,8 +96,8 @@ def gsm8k(template: str) -> dict[str, Set]:
 SETS = {
     name + end: found
     for name, both in {
-        "tiny12": tiny(1500, "64,96,128,192,256", "64,96,128", "128,160,208,256"),
-        "tiny20": tiny(2500, "96,128,192,256,384", "96,128,192", "208,256,320,384"),
+        "tiny12": tiny(1500, "64,96,128", TINY12),
+        "tiny20": tiny(2500, "64,96,128", TINY20),
         "gsm8k": gsm8k(ONCE),
         "gsm8k-check": gsm8k(CHECKED),
     }.items()
