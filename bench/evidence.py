@@ -64,20 +64,19 @@ CHECKED = (
 )
 
 
-def tiny(tokens: int, near: str, free_budgets: dict[str, str]) -> dict[str, Set]:
-    """The grid without stop rules; with them Quest at the budgets ``near`` which it falls, and what holds a budget."""
+def tiny(tokens: int, near: str, budgets: dict[str, str]) -> dict[str, Set]:
+    """The grid without stop rules; and, beside the runs that they are compared with, stop rules with Quest at the
+    budgets ``near`` which it falls, and with some policies that hold no more than the budget."""
     options = [*TINY, "--max-new-tokens", str(tokens)]
-    bounded = [Part(policy, free_budgets[policy], ANSWER) for policy in ("raas", "snapkv", *PROTECTED)]
     ruled = [
-        Part("quest", near, ACTIONS),
+        Part("quest", near, f"off,{ACTIONS}"),
+        Part("full", stop=f"off,{FIXED},{ANSWER},guardian:250:20+answer"),
         Part("quest", near, LOSS),
-        Part("quest:scoring=meanstd", near, LOSS),
+        Part("quest:scoring=meanstd", near, f"off,{LOSS}"),
         Part("quest", near, FIXED),
-        Part("full", stop=f"{FIXED},{ANSWER},guardian:250:20+answer"),
-        Part("infllm", free_budgets["infllm"], ACTIONS),
-        Part("lessismore", free_budgets["lessismore"], ACTIONS),
+        *[Part(policy, budgets[policy], f"off,{ANSWER}") for policy in ("raas", "snapkv", *PROTECTED)],
     ]
-    return {"": Set(options, free(free_budgets)), "-ruled": Set(options, ruled + bounded)}
+    return {"": Set(options, free(budgets)), "-ruled": Set(options, ruled)}
 
 
 def gsm8k(template: str) -> dict[str, Set]:
