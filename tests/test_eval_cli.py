@@ -2,6 +2,7 @@
 
 import errno
 import json
+import lzma
 import os
 import re
 import signal
@@ -344,6 +345,16 @@ def test_replay_is_the_real_run_token_for_token(recorded, lil):
         assert found["after"]["value"] == sum(record["correct"] for record in real.records.values()) / 5
         assert (found["saved"]["n"], found["interval"], found["unit"]) == (5, 10, "phrases")
         assert documents[policy]["replays"][1]["saved"]["value"] == 1 - 10 / TOKENS
+
+
+def test_compressed_runs_are_read_as_the_others(recorded, lil, tmp_path):
+    for path in recorded.glob("*.off.jsonl"):
+        (tmp_path / f"{path.name}.xz").write_bytes(lzma.compress(path.read_bytes()))
+    rule = "--interval", 10, "--threshold", 8, "--json"
+    plain, packed = (json.loads(lil("replay", folder, *rule)[1]) for folder in (recorded, tmp_path))
+    assert [document | {"run": ""} for document in packed] == [document | {"run": ""} for document in plain]
+    (tmp_path / "cut.jsonl.xz").write_bytes(b"no xz")
+    assert_user_error(lil("replay", tmp_path / "cut.jsonl.xz"), "cannot read .*cut.jsonl.xz: ")
 
 
 def test_replay_as_a_table_with_texts_judged_anew(recorded, lil):

@@ -101,7 +101,7 @@ def read_runs(paths: list[Path], answer: str | None = None) -> list[Run]:
 
     files = []
     for path in paths:
-        found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        found = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.xz")]) if path.is_dir() else [path]
         if not found:
             raise ValueError(f"{path}: no .jsonl files in this folder")
         files += found

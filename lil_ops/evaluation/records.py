@@ -1,4 +1,4 @@
-"""A run's file: JSON lines that only grow.
+"""A run's file: JSON lines that only grow. One that is finished may be kept as NAME.jsonl.xz.
 
 The first line is ``{"settings": ...}``, what was asked for. Each start of the run adds ``{"environment": ...}``, what
 it ran on. Every other line is one problem's record, with the keys of `RECORD`. A batch's records are written together
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import lzma
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,9 +93,12 @@ START = b'{"settings"'
 def read(path: Path) -> Run:
     """The run in a file. Raises ValueError where it is none; damaged lines are only listed."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        held = path.read_bytes()
+        lines = (lzma.decompress(held) if path.suffix == ".xz" else held).split(b"\n")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except lzma.LZMAError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
     first, reason = _object(lines[0])
     settings = first.get("settings") if first else None
     if not isinstance(settings, dict) or any(key not in settings for key in SETTINGS):
