@@ -2,10 +2,10 @@
 """How near the information loss is to the truth on real models: bench/loss_quality.py [--models FOLDER ...] [--help]
 
 A model reads windows of a text and goes on densely for some steps. In each step and layer Quest chooses pages by
-min/max and by mean/deviation scores, for every budget, but they are not what is read: so all budgets and both kinds of
-scores meet the same queries and keys. For each query head the share of the softmax mass that the chosen pages miss is
-known exactly (`sparse_decode` over them and over all), and is compared with `information_loss`: a bound from min/max
-scores, an estimate from mean/deviation scores. Writes bench/results/loss.json, and docs/performance.md from it.
+min/max and by mean/deviation scores, for every sink and budget. They are not what is read, so that all choices meet the
+same queries and keys. For each query head the share of the softmax mass that the chosen pages miss is known exactly
+(`sparse_decode` over them and over all), and is compared with `information_loss`: a bound from min/max scores, an
+estimate from mean/deviation scores. Writes bench/results/loss.json, and docs/performance.md from it.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ TEXT = BENCH.parent / "docs" / "design.md"
 
 
 class Probe(Quest):
-    """Reads everything, and notes what each budget would have missed, as told and as it is.
+    """Reads everything, and notes what each ``(sink, budget)`` would have missed, as told and as it is.
 
-    ``found[budget]``: a tensor ``[told or true, batch, q_heads]`` a layer, step after step.
+    ``found[sink, budget]``: a tensor ``[told or true, batch, q_heads]`` a layer, step after step.
     """
 
-    def __init__(self, scoring: str, budgets: list[int]):
-        super().__init__(max(budgets), scoring=scoring, dense_layers=0)
-        self.found: dict[int, list[torch.Tensor]] = {budget: [] for budget in budgets}
+    def __init__(self, scoring: str, choices: list[tuple[int, int]]):
+        super().__init__(max(budget for _, budget in choices), scoring=scoring, dense_layers=0)
+        self.found: dict[tuple[int, int], list[torch.Tensor]] = {choice: [] for choice in choices}
 
     def select(self, layer, q, cache, scale):
         step, scores = cache.step_of(layer), super().select(layer, q, cache, scale).scores
         where = q, cache.k[layer], cache.v[layer], step.page_table, step.seq_lens
         _, whole = ops.sparse_decode(*where, scale=scale)
-        for budget, found in self.found.items():
-            pages, counts = self.best_pages(layer, scores, cache, budget)
+        for (sink, budget), found in self.found.items():
+            pages, counts = ops.select_pages(scores, step.seq_lens, cache.page_size, budget, sink=sink)
             _, read = ops.sparse_decode(*where, pages, counts, scale=scale)
             told = ops.information_loss(read, scores, step.seq_lens, cache.page_size, pages, counts)
             true = -torch.expm1((read.double() - whole.double()).clamp(max=0))
@@ -56,14 +56,14 @@ class Probe(Quest):
         return None
 
 
-def measure(model, prompts: list[list[int]], scoring: str, budgets: list[int], steps: int) -> list[dict]:
-    """A row of figures for each budget."""
-    probe = Probe(scoring, budgets)
+def measure(model, prompts: list[list[int]], scoring: str, choices: list[tuple[int, int]], steps: int) -> list[dict]:
+    """A row of figures for each sink and budget."""
+    probe = Probe(scoring, choices)
     lil_ops.generate(model, prompts, policy=probe, max_new_tokens=steps + 1, eos_token_id=())
     rows = []
-    for budget, found in probe.found.items():
+    for (sink, budget), found in probe.found.items():
         by_layer = torch.stack(found).unflatten(0, (steps, -1)).transpose(0, 2)  # [told or true, layer, step, ...]
-        rows.append({"scoring": scoring, "budget": budget, **figures(*by_layer)})
+        rows.append({"scoring": scoring, "sink": sink, "budget": budget, **figures(*by_layer)})
     return rows
 
 
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2, help="windows of the text, one behind the other")
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048])
+    parser.add_argument("--sinks", type=int, nargs="+", default=[0, 16], help="tokens at the start, always chosen")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--commit", help="where there is no repository")
@@ -102,9 +103,9 @@ def main() -> None:
             prompts = [ids[at : at + tokens] for at in range(0, options.prompts * tokens, tokens)]
             if len(prompts[-1]) < tokens:
                 parser.error(f"--text: expected {options.prompts} times {tokens} tokens, got {len(ids)}")
-            budgets = [budget for budget in options.budgets if budget < tokens]
+            choices = [(sink, budget) for sink in options.sinks for budget in options.budgets if budget < tokens]
             for scoring in ("minmax", "meanstd"):
-                for row in measure(model, prompts, scoring, budgets, options.steps):
+                for row in measure(model, prompts, scoring, choices, options.steps):
                     cases.append({"model": Path(folder).name, "tokens": tokens, **row})
                     print({key: value for key, value in cases[-1].items() if key != "layers"}, flush=True)
     facts = {
