@@ -1,4 +1,5 @@
-"""`lil_ops.generate` against transformers' own generate, and where the time of one decode step goes.
+"""`lil_ops.generate` against transformers' own generate, where the time of one decode step goes, and which share of it
+the early stop takes.
 
 Needs the SmolLM2 model (`make models`). The variants of a case run in turn, so that whatever else the machine does
 meets all of them; pytest-benchmark then gets the recorded times.
@@ -13,7 +14,7 @@ import pytest
 import torch
 from recorded import recorded, report
 
-from lil_ops import DecodeLoop, Guardian, generate, load_model, ops
+from lil_ops import DecodeLoop, Guardian, decode, generate, load_model, ops
 
 MODELS = Path(os.environ.get("LIL_MODELS", Path(__file__).resolve().parents[1] / "models"))
 GGUF = MODELS / "SmolLM2-135M-Instruct" / "model.gguf"
@@ -124,3 +125,30 @@ PARTS = {
 def test_share_of_a_step(benchmark, smollm2, parts, part):
     case = f"one step of the loop, SmolLM2-135M {smollm2[2]}, quest with a Guardian, batch 1"
     report(benchmark, case, part, [PARTS[part](step) for step in parts])
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_share_of_the_stop(benchmark, smollm2, batch):
+    """Taken inside each step, since two runs, with a stop and without, differ by more than what is asked."""
+    model, ids, dtype = smollm2
+    options = {"policy": "quest", "budget": BUDGET, "guardian": Guardian(interval=32, threshold=0)}
+    steps = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        watch = Stopwatch(monkeypatch)
+        watch.wrap(decode, "sample", "sample")
+        with DecodeLoop(model, [ids[0]] * batch, max_new_tokens=NEW, eos_token_id=(), **options) as loop:
+            watch.wrap(loop, "_accept", "accept")
+            watch.wrap(loop._tracker, "append", "lz77")
+            watch.wrap(loop._watch, "check", "check")
+            for event in loop:
+                steps.append(watch.seconds | {"step": event.seconds})
+                watch.seconds.clear()
+    steps = steps[1:]
+    stop = [step["accept"] - step["sample"] for step in steps]
+    facts = {
+        f"{part}_us": round(statistics.median(step[part] for step in steps) * 1e6, 1)
+        for part in ("step", "lz77", "check")
+    }
+    share = statistics.median(part / step["step"] for part, step in zip(stop, steps, strict=True))
+    case = f"the early stop, SmolLM2-135M {dtype}, batch {batch}"
+    report(benchmark, case, f"{dtype}, batch {batch}", stop, table="stop", share=round(share, 5), **facts)

@@ -14,8 +14,8 @@ absolute value of a layer."""
 SHARES = "true | off | worst | least | estimate: true | off | absolute | worst"
 BITS = """The same in bits a step, `-log2(1 - share)`, which is what `lost_bits` holds and a loss-aware rule reads: the
 mean over steps, query heads and layers."""
-LAYERS = """By layer, after {tokens} tokens, with a sink of {sink} and a budget of {budget}: *off* of the bound; *off* and
-*absolute* of the estimate."""
+LAYERS = """By layer, after {tokens} tokens, with a sink of {sink} and a budget of {budget}: *off* of the bound; *off*
+and *absolute* of the estimate."""
 LAYERS_BUDGET = 256
 
 
