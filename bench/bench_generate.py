@@ -129,14 +129,15 @@ def test_share_of_a_step(benchmark, smollm2, parts, part):
 
 @pytest.mark.parametrize("batch", [1, 16])
 def test_share_of_the_stop(benchmark, smollm2, batch):
-    """Taken inside each step, since two runs, with a stop and without, differ by more than what is asked."""
+    """Taken inside each step, since two runs, with a stop and without, differ by more than what is asked; and of the
+    fastest step, since a busy machine prolongs whole steps more than so short a part of them."""
     model, ids, dtype = smollm2
     options = {"policy": "quest", "budget": BUDGET, "guardian": Guardian(interval=32, threshold=0)}
     steps = []
     with pytest.MonkeyPatch.context() as monkeypatch:
         watch = Stopwatch(monkeypatch)
         watch.wrap(decode, "sample", "sample")
-        with DecodeLoop(model, [ids[0]] * batch, max_new_tokens=NEW, eos_token_id=(), **options) as loop:
+        with DecodeLoop(model, [ids[0]] * batch, max_new_tokens=NEW // 4, eos_token_id=(), **options) as loop:
             watch.wrap(loop, "_accept", "accept")
             watch.wrap(loop._tracker, "append", "lz77")
             watch.wrap(loop._watch, "check", "check")
@@ -146,9 +147,11 @@ def test_share_of_the_stop(benchmark, smollm2, batch):
     steps = steps[1:]
     stop = [step["accept"] - step["sample"] for step in steps]
     facts = {
-        f"{part}_us": round(statistics.median(step[part] for step in steps) * 1e6, 1)
-        for part in ("step", "lz77", "check")
+        "budget": BUDGET,
+        "threads": torch.get_num_threads(),
+        "step_us": round(min(step["step"] for step in steps) * 1e6, 1),
+        "lz77_us": round(statistics.median(step["lz77"] for step in steps) * 1e6, 1),
+        "check_us": round(statistics.median(step["check"] for step in steps) * 1e6, 1),
     }
-    share = statistics.median(part / step["step"] for part, step in zip(stop, steps, strict=True))
     case = f"the early stop, SmolLM2-135M {dtype}, batch {batch}"
-    report(benchmark, case, f"{dtype}, batch {batch}", stop, table="stop", share=round(share, 5), **facts)
+    report(benchmark, case, f"{dtype}, batch {batch}", stop, table="stop", **facts)
