@@ -1,4 +1,5 @@
-"""`lil_ops.generate` against transformers' own generate, and where the time of one decode step goes.
+"""`lil_ops.generate` against transformers' own generate, where the time of one decode step goes, and which share of it
+the early stop takes.
 
 Needs the SmolLM2 model (`make models`). The variants of a case run in turn, so that whatever else the machine does
 meets all of them; pytest-benchmark then gets the recorded times.
@@ -7,13 +8,14 @@ meets all of them; pytest-benchmark then gets the recorded times.
 import os
 import statistics
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from recorded import recorded, report
 
-from lil_ops import DecodeLoop, Guardian, generate, load_model, ops
+from lil_ops import DecodeLoop, Guardian, decode, generate, load_model, ops
 
 MODELS = Path(os.environ.get("LIL_MODELS", Path(__file__).resolve().parents[1] / "models"))
 GGUF = MODELS / "SmolLM2-135M-Instruct" / "model.gguf"
@@ -74,18 +76,18 @@ def test_generate(benchmark, smollm2, runs, variant):
 class Stopwatch:
     """Adds up the time of the functions it wraps, by the name given."""
 
-    def __init__(self, monkeypatch):
-        self._monkeypatch, self.seconds = monkeypatch, {}
+    def __init__(self, monkeypatch, clock=time.perf_counter):
+        self._monkeypatch, self._clock, self.seconds = monkeypatch, clock, {}
 
     def wrap(self, owner, attribute, name):
         function = getattr(owner, attribute)
 
         def timed(*arguments, **options):
-            started = time.perf_counter()
+            started = self._clock()
             try:
                 return function(*arguments, **options)
             finally:
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+                self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - started
 
         self._monkeypatch.setattr(owner, attribute, timed)
 
@@ -124,3 +126,43 @@ PARTS = {
 def test_share_of_a_step(benchmark, smollm2, parts, part):
     case = f"one step of the loop, SmolLM2-135M {smollm2[2]}, quest with a Guardian, batch 1"
     report(benchmark, case, part, [PARTS[part](step) for step in parts])
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_share_of_the_stop(benchmark, smollm2, batch):
+    """Taken inside each step, since two runs, with a stop and without, differ by more than what is asked; and in the
+    processor's time on one thread, which a busy machine does not prolong."""
+    model, ids, dtype = smollm2
+    options = {"policy": "quest", "budget": BUDGET, "guardian": Guardian(interval=32, threshold=0)}
+    steps = []
+    with pytest.MonkeyPatch.context() as monkeypatch, one_thread():
+        watch = Stopwatch(monkeypatch, time.thread_time)
+        watch.wrap(decode, "sample", "sample")
+        with DecodeLoop(model, [ids[0]] * batch, max_new_tokens=NEW // 2, eos_token_id=(), **options) as loop:
+            loop.prefill()
+            watch.wrap(loop, "step", "step")
+            watch.wrap(loop, "_accept", "accept")
+            watch.wrap(loop._tracker, "append", "lz77")
+            watch.wrap(loop._watch, "check", "check")
+            while loop.active:
+                watch.seconds.clear()
+                loop.step()
+                steps.append(watch.seconds | {"stop": watch.seconds["accept"] - watch.seconds["sample"]})
+    facts = {f"{part}_us": round(statistics.median(step[part] for step in steps) * 1e6, 1) for part in STOP_PARTS}
+    facts["share"] = round(statistics.median(step["stop"] / step["step"] for step in steps), 5)
+    case = f"the early stop, SmolLM2-135M {dtype}, batch {batch}"
+    stop = [step["stop"] for step in steps]
+    report(benchmark, case, f"{dtype}, batch {batch}", stop, table="stop", budget=BUDGET, **facts)
+
+
+STOP_PARTS = "step", "lz77", "check"
+
+
+@contextmanager
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -26,7 +26,8 @@ class Guardian(StopRule):
         loss_aware: weigh what sparse attention lost in the interval against what the output gained. Each step's lost
             bits, times ``loss_weight``, are taken from the size: in bits as they are, in phrases at the price that the
             output's phrases have had so far. Where nothing is lost it is the published rule. It needs a policy that
-            tells its loss (`lil_ops.policies.Policy.tells_loss`).
+            tells its loss (`lil_ops.policies.Policy.tells_loss`); one given by name, quest, then has other defaults,
+            ``scoring="meanstd"`` and ``sink=1``, because the bound of minmax scores is too far from the truth.
     """
 
     interval: int = 250

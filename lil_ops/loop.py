@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import Cache
 
+from lil_ops import policies
 from lil_ops.actions import Action, Course, Rescue
 from lil_ops.integrations.attach import attach
 from lil_ops.integrations.transformers import NAME, LilCache, cache_argument
@@ -46,6 +47,8 @@ class ModelLoop:
             raise ValueError("action: expected a stop rule beside it (guardian=...), got none")
         self._model, self._vocab_size, self._sampling = model, attach(model).vocab_size, sampling
         self._rule, self._action = guardian, action
+        if guardian and guardian.needs_loss:
+            cache_options = policies.with_loss(policy, cache_options)
         self.cache = LilCache(model, policy, batch=batch, max_tokens=max_tokens, **cache_options)
         self.cache.begin(prompt_lens)
         if isinstance(action, Rescue):

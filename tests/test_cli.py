@@ -173,6 +173,7 @@ def test_what_the_guardian_brings_about(generate):
     assert_user_error(generate(*fires, "--action", "answer", PROMPT), "Answer: text: the chat template has no </think>")
     (run,) = json.loads(generate(*fires, *QUEST, "--loss-aware", "--action", "rescue", PROMPT)[1])["runs"]
     assert run["events"] == [[8, "rescue"]] and len(run["tokens"]) == 16 and run["guardian"]["loss_aware"]
+    assert run["policy_options"] == {"budget": 32, "scoring": "meanstd", "sink": 1}
     sink = ["--policy", "sink", "--budget", "32"]
     assert_user_error(generate(*fires, *sink, "--action", "rescue", PROMPT), "Rescue: policy sink has forgotten")
 

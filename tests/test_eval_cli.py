@@ -138,10 +138,10 @@ def test_every_record_is_what_generate_gives(recorded, folder):
 
 
 def test_what_a_stop_rule_brings_about(evaluate, tmp_path):
-    quest = ["--policy", "quest:dense_layers=0:scoring=meanstd", "--budget", 16, "--limit", 2]
+    quest = ["--policy", "quest:dense_layers=0:scoring=meanstd:sink=0", "--budget", 16, "--limit", 2]
     stops = ["--stop", "guardian:10:99+answer,loss:10:99+rescue", "--answer-text", "So:", "--answer-tokens", 3]
     assert evaluate(*quest, *stops)[0] == 0
-    name = "quest-16-dense_layers=0-scoring=meanstd"
+    name = "quest-16-dense_layers=0-scoring=meanstd-sink=0"
     for record in read(tmp_path / "runs" / f"{name}.guardian-10-99+answer.jsonl").records.values():
         assert record["events"] == [[10, "answer"]] and len(record["tokens"]) == 16 and "So:" in record["text"]
         assert record["lost_bits"] is None

@@ -197,6 +197,9 @@ def test_a_grid_has_each_combination_once():
     assert len(grid.grid(["full"], [], ["guardian", "guardian:250:20"])) == 1
     (only,) = grid.grid(["quest:scoring=meanstd:protect-prompt=true"], ["64"], ["off"])
     assert only.policy_options == {"scoring": "meanstd", "protect_prompt": True, "budget": 64}
+    # The loss-aware rule's defaults are in the name.
+    names = [each.name for each in grid.grid(["quest", "quest:scoring=minmax:sink=0"], ["64"], ["loss:64:5"])]
+    assert names == ["quest-64-scoring=meanstd-sink=1.loss-64-5-1", "quest-64-scoring=minmax-sink=0.loss-64-5-1"]
     for policy, message in [
         ("qust", "did you mean 'quest'"),
         ("quest", "policy quest: budget: expected"),

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import build, prompts
 
-from lil_ops import Guardian, Repetition, StopRuleCriteria, TokenBudget, generate
+from lil_ops import DecodeLoop, Guardian, Repetition, StopRuleCriteria, TokenBudget, generate
+from lil_ops.policies import Quest
 from lil_ops.reference.lz77_append import lz77_sizes
 from lil_ops.stopping import Progress, StopReason
 
@@ -126,6 +127,17 @@ def test_a_loss_aware_guardian_where_nothing_is_lost_is_the_published_one():
         for weight in (0.0, 1e3)
     ]
     assert [len(tokens) for tokens in runs[1].tokens] < [len(tokens) for tokens in runs[0].tokens]
+
+
+@pytest.mark.parametrize(("aware", "options", "scoring", "sink"), [
+    (True, {"policy": "quest", "budget": 32}, "meanstd", 1),
+    (True, {"policy": "quest", "budget": 32, "scoring": "minmax", "sink": 0}, "minmax", 0),
+    (True, {"policy": Quest(32)}, "minmax", 0),
+    (False, {"policy": "quest", "budget": 32}, "minmax", 0),
+])  # fmt: skip
+def test_a_loss_aware_rule_has_an_estimate_of_the_loss_unless_told_otherwise(aware, options, scoring, sink):
+    loop = DecodeLoop(build("llama"), prompts(9), guardian=Guardian(loss_aware=aware), **options)
+    assert (loop.cache.policy.summary_mode, loop.cache.policy.sink) == (scoring, sink)
 
 
 def test_a_policy_that_cannot_tell_its_loss():

@@ -115,6 +115,7 @@ def generate(
 
     from lil_ops.cli.display import RunView, legend, results_table
     from lil_ops.cli.report import document
+    from lil_ops.policies import with_loss
 
     options = {name: value for name, value in context.params.items() if name not in ("prompt", "as_json", "verbose")}
     given = {name: value for name, value in options.items() if value is not None}
@@ -125,6 +126,8 @@ def generate(
     loop_options = {name: options[name] for name in LOOP_OPTIONS} | ({"eos_token_id": ()} if ignore_eos else {})
     prompt = checks.read_prompt(prompt)
     early_stop = checks.make_guardian(guardian, {name: given[name] for name in GUARDIAN_OPTIONS if name in given})
+    if early_stop and early_stop.needs_loss:
+        policy_options = with_loss(policy, policy_options)
     checks.check_action(action, guardian, answer_text)
     checks.check_decoding(policy, policy_options, page_size, temperature, top_k, top_p)
     checks.check_device(device)

@@ -27,9 +27,9 @@ def document(
         loaded).
         versions: `lil_ops.build_info`. interrupted: whether Ctrl-C ended the command.
         runs: one object for each finished run, and for the one that was interrupted:
-            name: as in the table. policy: name. policy_options: those given. guardian: null, or its interval,
-            threshold, unit, loss_aware and loss_weight. tokens: the new ids. text: theirs, without special tokens.
-            stop_reason: eos, length, guardian or interrupted.
+            name: as in the table. policy: name. policy_options: those given, and --loss-aware's defaults. guardian:
+            null, or its interval, threshold, unit, loss_aware and loss_weight. tokens: the new ids. text: theirs,
+            without special tokens. stop_reason: eos, length, guardian or interrupted.
             ttft_s, tbt_s, jct_s: seconds to the first token, between tokens (mean), in all.
             kv_bytes_peak: the most cache bytes in use. phrases: LZ77 size of ``tokens``. ratio: phrases a token.
             events: what the Guardian brought about, as [tokens so far, "answer", "rescue" or "recovered"].

@@ -44,7 +44,10 @@ def grid(policy_specs: Sequence[str], budgets: Sequence[str], stop_names: Sequen
         own = "budget" in options or "budget" not in taken or not budgets
         for budget in [{}] if own else [{"budget": _value(budget)} for budget in budgets]:
             for stop in stop_names:
-                chosen = Combination(policy, options | budget, stops.canonical(stop))
+                rule, chosen_options = stops.parse(stop), options | budget
+                if rule and rule.needs_loss:
+                    chosen_options = policies.with_loss(policy, chosen_options)
+                chosen = Combination(policy, chosen_options, stops.canonical(stop))
                 policies.get(policy, **chosen.policy_options)
                 combinations[chosen.name] = chosen
     return list(combinations.values())

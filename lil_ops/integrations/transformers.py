@@ -357,8 +357,7 @@ class LilCache(Cache):
         """Add a layer's ``loss [batch, q_heads]`` to ``lost_bits``."""
         step = self.kv.step_of(layer)
         bits = step.take(self.lost_bits)
-        # A share of 1 in float32 is one of at least 1 - 2**-25.
-        bits -= torch.log2(1 - loss.clamp(max=1 - 2**-24)).mean(1) / self.shape.num_layers
+        bits += bits_of(loss).mean(1) / self.shape.num_layers
         step.put(self.lost_bits, bits)
 
     def _with_raised(self, layer: int, selection: Selection | None) -> Selection | None:
@@ -523,6 +522,12 @@ def _attention(
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return F.dropout(weights, dropout, training=dropout > 0) @ value
+
+
+def bits_of(loss: torch.Tensor) -> torch.Tensor:
+    """Shares of softmax mass that were missed, in bits: see `LilCache`."""
+    # A share of 1 in float32 is one of at least 1 - 2**-25.
+    return -torch.log2(1 - loss.clamp(max=1 - 2**-24))
 
 
 def cache_argument(model: torch.nn.Module) -> str:

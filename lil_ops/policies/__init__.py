@@ -44,6 +44,12 @@ def get(name: str | Policy, **options) -> Policy:
     return POLICIES[name](**options)
 
 
+def with_loss(name: str | Policy, options: dict) -> dict:
+    """``options`` and, for what they leave open, the defaults of the policy called ``name`` under a rule that reads the
+    loss. Those of a Policy are settled, and an unknown name has none."""
+    return options if isinstance(name, Policy) or name not in POLICIES else POLICIES[name].loss_options | options
+
+
 def options_of(policy: type[Policy]) -> list[str]:
     """The options it takes: its own, and where it passes others on, those of `Policy`."""
     own = inspect.signature(policy).parameters.values()
@@ -70,4 +76,5 @@ __all__ = [
     "TokenSlots",
     "get",
     "options_of",
+    "with_loss",
 ]

@@ -64,6 +64,7 @@ class Policy:
     watches_prompt: ClassVar[bool] = False
     on_device: ClassVar[bool] = True  # a decode step decides nothing on the host, so that a CUDA graph can repeat it
     tells_loss: ClassVar[bool] = False  # its selections have scores, from which `ops.information_loss` follows
+    loss_options: ClassVar[dict[str, object]] = {}  # its defaults where a rule reads the loss
 
     def __init__(
         self,
