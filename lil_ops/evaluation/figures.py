@@ -12,6 +12,7 @@ from lil_ops.evaluation.extras import require
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B5A2B", "#7F7F7F")
 DENSE = "black"
 MARKERS = "osD^vP*X"
+LINES = ("-", "--", ":")
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -41,6 +42,10 @@ class Figures:
         names = [name for name in _distinct(run["series"] for run in self._runs) if name != "dense"]
         self._colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)} | {"dense": DENSE}
         self._marker = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(names)} | {"dense": "o"}
+        # Where colours come a second time, lines are broken.
+        self._line_style = {name: LINES[i // len(COLOURS) % len(LINES)] for i, name in enumerate(names)} | {
+            "dense": "-"
+        }
         free = [run for run in self._runs if run["stop"] == "off" and run["n"]]
         self._dense = next((run for run in free if run["series"] == "dense"), None)
         self._sparse = [run for run in free if run["series"] != "dense"]
@@ -100,7 +105,8 @@ class Figures:
             for column, budget in enumerate(budgets):
                 top, bottom = rows[0][column], rows[1][column]
                 for curve in dense + [curve for curve in sparse if curve["budget"] == budget]:
-                    look = {"color": self._colour[curve["series"]], "linewidth": 1.5}
+                    name = curve["series"]
+                    look = {"color": self._colour[name], "linestyle": self._line_style[name], "linewidth": 1.5}
                     tokens, size = curve["tokens"], curve["size"]
                     top.plot(tokens, [math.nan if y is None else y for y in size], label=curve["series"], **look)
                     bottom.plot([0, *tokens], [100, *(100 * share for share in curve["running"])], **look)
@@ -224,14 +230,14 @@ class Figures:
     def _line(self, axes, name: str, points: list[tuple], label: str) -> None:
         # Beside each other, where intervals would cover each other.
         names = list(self._colour)
-        shift = 0.05 * (names.index(name) - (len(names) - 2) / 2)
+        shift = min(0.05, 0.7 / len(names)) * (names.index(name) - (len(names) - 2) / 2)
         x = [self._budgets.index(budget) + shift for budget, _ in points]
         y = [estimate.value for _, estimate in points]
         bars = [
             [error[0] for error in zipped] for zipped in zip(*(_bars(estimate) for _, estimate in points), strict=True)
         ]
         axes.errorbar(x, y, yerr=bars, label=label, color=self._colour[name], marker=self._marker[name], markersize=5,
-                      linewidth=1.3, elinewidth=1, capsize=2)  # fmt: skip
+                      linestyle=self._line_style[name], linewidth=1.3, elinewidth=1, capsize=2)  # fmt: skip
 
     def _budget_axis(self, axes) -> None:
         axes.set_xticks(range(len(self._budgets)), [_budget(budget) for budget in self._budgets])
