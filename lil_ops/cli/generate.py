@@ -54,7 +54,11 @@ def generate(
     dense_layers: Annotated[int | None, _option(POLICY, "Layers, from the first on, that read everything.")] = None,
     scoring: Annotated[
         Literal["minmax", "meanstd"] | None,
-        _option(POLICY, "Quest: bound a page's logits, or estimate its mass.", show_default="minmax"),
+        _option(
+            POLICY,
+            "Quest: bound a page's logits, or estimate its mass.",
+            show_default="minmax; meanstd with --loss-aware",
+        ),
     ] = None,
     summary_dtype: Annotated[
         Literal["float8"] | None,
