@@ -13,6 +13,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 DENSE = "black"
 MARKERS = "osD^vP*X"
 LINES = ("-", "--", ":")
+MOST_COLUMNS = 4  # of panels: more cannot be read
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -94,10 +95,10 @@ class Figures:
         sparse = [curve for curve in self._growth if curve["series"] != "dense"]
         dense = [curve for curve in self._growth if curve["series"] == "dense"]
         budgets = _distinct(curve["budget"] for curve in sparse) or [None]
-        # More columns than this cannot be read: the tightest, and some of those up to the widest.
-        if len(budgets) > 4:
-            budgets = sorted(budgets)
-            budgets = [budgets[round(i * (len(budgets) - 1) / 3)] for i in range(4)]
+        if len(budgets) > MOST_COLUMNS:
+            # The tightest, and some of those up to the widest.
+            budgets, last = sorted(budgets), MOST_COLUMNS - 1
+            budgets = [budgets[round(i * (len(budgets) - 1) / last)] for i in range(MOST_COLUMNS)]
         if not sparse + dense:
             return None
         with self._matplotlib.rc_context(STYLE):
@@ -129,8 +130,14 @@ class Figures:
             return None
         found = {(run["policy"], run["stop"]): run for run in self._runs if run["n"]}
         with self._matplotlib.rc_context(STYLE):
-            height = 1.5 + 0.26 * len(policies)
-            figure, (panels,) = self._new(1, len(stops), 1.8 + 3.0 * len(stops), height, sharex=True, sharey=True)
+            columns = min(len(stops), MOST_COLUMNS)
+            rows = -(-len(stops) // columns)
+            height = rows * (1.5 + 0.26 * len(policies))
+            figure, grid = self._new(rows, columns, 1.8 + 3.0 * columns, height, sharex=True, sharey=True)
+            panels = list(grid.flat)
+            for axes in panels[len(stops) :]:
+                axes.set_axis_off()
+            panels = panels[: len(stops)]
             for axes, stop in zip(panels, stops, strict=True):
                 for place, policy in enumerate(policies):
                     run = found.get((policy, stop))
