@@ -73,10 +73,11 @@ use. Asked of those that are bounded: 1.05x. **Bold**: misses it.
 
 STOP = """### The cost of the early stop
 
-SmolLM2-135M, Quest with a budget of {budget}, and a Guardian or none: a step of either in turn. *Stop*: what they differ
-by behind the choice of the tokens, and `lz77_append`, which both have. *Behind*: all of that part, end of sequence and
-bookkeeping included. In the processor's time on one thread, which a busy machine does not prolong; two threads halve
-the rest of a step at best, and so double the share at most. Medians over steps. Asked: under 1 %. **Bold**: misses it.
+SmolLM2-135M, Quest with a budget of {budget}, and a Guardian or none: a step of either in turn. *Stop*: what they
+differ by behind the choice of the tokens, and `lz77_append`, which both have. *Behind*: all of that part, end of
+sequence and bookkeeping included. In the processor's time on one thread, which a busy machine does not prolong; two
+threads halve the rest of a step at best, and so double the share at most. Medians over steps. Asked: under 1 %.
+**Bold**: misses it.
 
 | dtype | step | stop | share | lz77_append | check | behind |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |"""
