@@ -7,7 +7,8 @@ TEXT = """## Information loss: {models}
 How near `information_loss` is to the truth: {device}, {dtype}; torch {torch}; {date}, commit {commit}; `{command}`. A
 model reads {text} (windows: {prompts}) and goes on densely for {steps} steps. In each Quest chooses pages in every
 layer, by either kind of scores, and what they would miss is compared with what is told: a *bound* by `minmax`, an
-*estimate* by `meanstd`. *Sink*: tokens at the start that are always chosen. *True*: the share of the softmax mass that is missed.
+*estimate* by `meanstd`. *Sink*: tokens at the start that are always chosen. *True*: the share
+of the softmax mass that is missed.
 *Off*: told less true. *Absolute*: the mean of its absolute value. *Least*: the smallest difference of any head and
 step; a bound is never below 0, up to rounding. Means over steps, query heads and layers; *worst*: the largest mean
 absolute value of a layer."""
