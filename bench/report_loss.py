@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-TEXT = """## Information loss
+TEXT = """## Information loss: {models}
 
 How near `information_loss` is to the truth: {device}, {dtype}; torch {torch}; {date}, commit {commit}; `{command}`. A
-model reads {prompts} windows of {text} and goes on densely for {steps} steps. In each Quest chooses pages by either
-kind of scores, and what they would miss is compared with what is told: a *bound* by `minmax`, an *estimate* by
-`meanstd`. *Sink*: tokens at the start that are always chosen. *True*: the share of the softmax mass that is missed.
+model reads {text} (windows: {prompts}) and goes on densely for {steps} steps. In each Quest chooses pages in every
+layer, by either kind of scores, and what they would miss is compared with what is told: a *bound* by `minmax`, an
+*estimate* by `meanstd`. *Sink*: tokens at the start that are always chosen. *True*: the share
+of the softmax mass that is missed.
 *Off*: told less true. *Absolute*: the mean of its absolute value. *Least*: the smallest difference of any head and
 step; a bound is never below 0, up to rounding. Means over steps, query heads and layers; *worst*: the largest mean
 absolute value of a layer."""
@@ -26,7 +27,8 @@ def loss_lines(result: dict) -> list[str]:
         cases.setdefault(key, {})[case["scoring"]] = case
     shares = (_row(*key, *_shares(**scorings)) for key, scorings in cases.items())
     bits = (_row(*key, *_bits(**scorings)) for key, scorings in cases.items())
-    lines = [TEXT.format(**result), "", *_head(SHARES), *shares]
+    models = ", ".join(dict.fromkeys(model for model, *_ in cases))
+    lines = [TEXT.format(models=models, **result), "", *_head(SHARES), *shares]
     return [*lines, "", BITS, "", *_head("true | told | estimate: true | told"), *bits, *_layer_lines(cases)]
 
 
