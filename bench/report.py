@@ -332,11 +332,8 @@ def _time(us: float) -> str:
 def report() -> None:
     lines = ["# Performance", "", "Generated from `bench/results/*.json` by `bench/report.py`; do not edit."]
     makers = {"cpu": cpu_lines, "cuda": cuda_lines, "policies_cuda": policies_lines}
-<<<<<<< HEAD
-    makers |= {"engine": engine_lines, "jct": jct_lines, "loss": loss_lines, "field": field_lines}
-=======
-    makers |= {"engine": engine_lines, "loss": loss_lines, "loss_qwen": loss_lines, "field": field_lines}
->>>>>>> loss
+    makers |= {"engine": engine_lines, "jct": jct_lines, "loss": loss_lines, "loss_qwen": loss_lines}
+    makers |= {"field": field_lines}
     for name, make in makers.items():
         result = BENCH / "results" / f"{name}.json"
         if result.exists():
