@@ -22,7 +22,7 @@ _serving: LilCache | None = None
 
 @contextmanager
 def serving(cache: LilCache) -> Iterator[None]:
-    """In this block `attend_token` writes to and reads from this cache."""
+    """In this block `attend_token` writes to and reads from this cache: one at a time in a process."""
     global _serving
     before, _serving = _serving, cache
     try:
