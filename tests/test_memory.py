@@ -188,7 +188,7 @@ def calls():
         "evict_pages": lambda: lil_ops.evict_pages(held, priority, lens, 1, protected_lens=lens),
         "fold_mass": lambda: lil_ops.fold_mass(priority, mass, held, lens, 1, rule="stamp"),
         "represent_page": lambda: lil_ops.represent_page(
-            mean, weight, k, table, lens, mass, pages[..., :1], recent=9, representatives=4
+            mean, weight, k, table, lens, mass, pages, counts, recent=9, representatives=4
         ),
         "compact_kv": lambda: lil_ops.compact_kv(k, v, table, places, lens),
         "key_redundancy": lambda: lil_ops.key_redundancy(k, table, lens),
