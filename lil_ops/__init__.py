@@ -80,5 +80,5 @@ def __getattr__(name: str):
     try:
         module = importlib.import_module(_LAZY[name])
     except ModuleNotFoundError as error:
-        raise ImportError(f"lil_ops.{name} needs {error.name}: pip install lil-ops[hf]") from error
+        raise ImportError(f"lil_ops.{name} needs {error.name.partition('.')[0]}: pip install lil-ops[hf]") from error
     return getattr(module, name)

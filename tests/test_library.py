@@ -131,7 +131,7 @@ import json, sys
 sys.modules["transformers"] = None  # as if it were not installed
 import lil_ops
 told = []
-for name in ("DecodeLoop", "LilCache", "generate", "load_model"):
+for name in ("DecodeLoop", "Engine", "LilCache", "generate", "load_model"):
     for statement in (f"lil_ops.{name}", f"from lil_ops import {name}"):
         try:
             exec(statement)
@@ -139,7 +139,7 @@ for name in ("DecodeLoop", "LilCache", "generate", "load_model"):
             told.append(str(error) == f"lil_ops.{name} needs transformers: pip install lil-ops[hf]")
 print(json.dumps(told))
 """
-    assert run(code) == [True] * 8
+    assert run(code) == [True] * 10
 
 
 def test_every_public_name_is_there():
