@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.cache_utils import Cache
 
 from lil_ops import policies
 from lil_ops.actions import Action, Course, Rescue
@@ -17,6 +16,7 @@ from lil_ops.sampling import check_sampling
 from lil_ops.stopping import StopRule
 
 if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
     from typing_extensions import Self
 
 TokenIds = torch.Tensor | Sequence[torch.Tensor | Sequence[int]]
@@ -75,7 +75,9 @@ class ModelLoop:
         """``[rows, tokens]`` each -> the last token's logits, ``[rows, vocab]``."""
         return self._logits(self._model, self.cache, input_ids, position_ids)
 
-    def _logits(self, model: Callable, cache: Cache, input_ids: torch.Tensor, position_ids: torch.Tensor):
+    def _logits(
+        self, model: Callable, cache: Cache, input_ids: torch.Tensor, position_ids: torch.Tensor
+    ) -> torch.Tensor:
         device = self._model.device
         where = {"input_ids": input_ids.to(device), "position_ids": position_ids.to(device)}
         return model(**where, **{self._cache_argument: cache}, use_cache=True, logits_to_keep=1).logits[:, -1]

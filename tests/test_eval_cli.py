@@ -103,6 +103,13 @@ def test_the_engine_gives_the_records_of_the_loop(recorded, evaluate, tmp_path):
         assert all(0 < r["ttft_s"] <= r["jct_s"] for r in engine.records.values())
 
 
+def test_the_engine_at_a_limit_of_one_token(evaluate, tmp_path):
+    """The first prompt is the longest of its batch: nothing that goes before it may need more room."""
+    code, _, err = evaluate("--engine", "--max-new-tokens", 1, "--batch", 1)
+    assert code == 0 and not err
+    assert [len(each["tokens"]) for each in read(tmp_path / "runs" / "full.off.jsonl").records.values()] == [1] * 5
+
+
 def test_the_engine_leaves_out_what_it_cannot_serve(evaluate):
     code, _, err = evaluate("--engine", "--policy", "rkv", "--budget", "64")
     assert code == 2 and "policy rkv decides on the host" in err

@@ -153,8 +153,8 @@ class Runner:
         ]
         outcomes, steps = {}, 0
         with self._engine(combination, batch) as engine:
-            # Nobody sees these tokens; the step is captured with them.
-            list(engine.run([Request(self.prompts[batch[0]], 2)]))
+            # Nobody sees this token; the step behind it is captured.
+            list(engine.run([Request(self.prompts[batch[0]], 1)]))
             start = time.perf_counter()
             for request in requests:
                 engine.add(request)
