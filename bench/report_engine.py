@@ -6,7 +6,8 @@ ENGINE = """## The engine on CUDA
 
 {device}, {read_gb_s} GB/s read; torch {torch}, transformers {transformers}; {date}, commit {commit}; `{command}`.
 Random bf16 weights, Quest with a budget of {budget} (two layers dense) and a Guardian that never stops. Microseconds a
-step. *Engine*: one CUDA graph; *compiled*: with the model's part compiled; *no graph*: launched from the host.
+step. *Engine*: one CUDA graph; *compiled*: with the model's part compiled; *tuned*: that with inductor's
+coordinate-descent tuning; *no graph*: launched from the host.
 *Floor*: the bytes that must be read, over the bandwidth. *Kernels*: the sum of their own times (some run beside each
 other), and how many. *Stop*: `lz77_append` and `guardian_check`. *Gap*: the longest time in which no kernel runs.
 transformers: `generate` with sdpa, dense; *static*: static cache, compiled."""

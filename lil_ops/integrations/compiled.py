@@ -32,13 +32,15 @@ def serving(cache: LilCache) -> Iterator[None]:
 
 
 def compiled(model: torch.nn.Module, **options) -> Callable:
-    """The model in one graph, with frozen weights: products of one input become one. options: of `torch.compile`."""
+    """The model in one graph, its weights frozen and its linear layers merged. options: of `torch.compile`."""
     from torch._inductor import config  # takes seconds to import
+
+    from lil_ops.integrations.merge_linears import MergeLinears
 
     module = torch.compile(model, **{"fullgraph": True, "dynamic": False} | options)
 
     def call(*arguments, **inputs):
-        with config.patch(freezing=True):  # the first call compiles
+        with config.patch(freezing=True, pre_grad_custom_pass=MergeLinears()):  # the first call compiles
             return module(*arguments, **inputs)
 
     return call

@@ -1,0 +1,79 @@
+"""Linear layers of one input become one, in the graphs that torch.compile makes of a model with frozen weights."""
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+from torch._inductor import config
+from torch.nn import functional as F
+
+from lil_ops.integrations.merge_linears import MergeLinears
+
+WIDTH = 8
+
+
+class Layers(torch.nn.Module):
+    def __init__(self, biases):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(WIDTH, 3 + i, bias=bias) for i, bias in enumerate(biases))
+
+    def forward(self, x):
+        first = self.layers[0](x).sin()  # used before the others are made
+        return [first, *(layer(x) for layer in self.layers[1:])]
+
+
+class Chain(Layers):
+    def forward(self, x):
+        a, b = self.layers
+        return [a(x), b(x + 1)]
+
+
+class Products(Layers):
+    def forward(self, x):
+        return [F.linear(x, x), F.linear(x, x + 1), *(layer(x) for layer in self.layers)]
+
+
+class Repeated(Layers):
+    def forward(self, x):
+        (layer,) = self.layers
+        return [layer(x), F.linear(weight=layer.weight, input=x, bias=layer.bias)]
+
+
+def merged(module, x):
+    """How many linear layers are left, and what they give."""
+    left = []
+
+    def backend(graph_module, _):
+        MergeLinears()(graph_module.graph)
+        graph_module.graph.lint()
+        graph_module.recompile()
+        left.append(len(graph_module.graph.find_nodes(op="call_function", target=F.linear)))
+        return graph_module.forward
+
+    torch._dynamo.reset()
+    with config.patch(freezing=True), torch.inference_mode():
+        given = torch.compile(module, backend=backend, fullgraph=True)(x)
+    return left, given
+
+
+@pytest.mark.parametrize(
+    "module, left",
+    [
+        (Layers([True, True, True]), 1),
+        (Layers([False, False]), 1),
+        (Layers([True, False, True, False]), 2),
+        (Layers([True, False]), 2),
+        (Layers([True]), 1),
+        (Chain([True, True]), 2),
+        (Products([True, True]), 3),
+        (Repeated([True]), 1),
+    ],
+)
+def test_layers_of_one_input(module, left):
+    x = torch.randn(2, WIDTH)
+    counts, given = merged(module, x)
+    assert counts == [left]
+    with torch.inference_mode():
+        torch.testing.assert_close(given, module(x))
