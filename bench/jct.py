@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""JCT end to end on a GPU, long prompts: Quest and Guardian beside dense transformers.
+"""JCT end to end, long prompts: Quest and Guardian beside dense transformers.
 
-    bench/jct_gpu.py --model FOLDER --data PROBLEMS.jsonl [--out FILE]
+    bench/jct.py --model FOLDER --data PROBLEMS.jsonl [--device cuda] [--out FILE]
 
 A batch of GSM8K problems, each behind so many solved ones that its prompt has the context's length, asks for a checked
 result. Greedy. The JCT of a problem runs from the batch's start to its own last token; compiling is not in it, each way
 runs a few tokens before. *transformers*: `generate` with sdpa and its growing cache; *static*: its static cache and
-compiled step. *lil*: the `Engine`, its step compiled and in a CUDA graph.
+compiled step. *lil*: the `Engine`, its step compiled and, on a GPU, in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import transformers as hf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run import commit
+from run import commit, cpu_name
 
 import lil_ops
 from lil_ops import Engine, Guardian, Request
@@ -62,8 +62,8 @@ class Clock(hf.StoppingCriteria):
     """Notes when each sequence ended, and stops after ``most`` tokens (a smaller `max_new_tokens` would make a static
     cache of another size, to be compiled anew)."""
 
-    def __init__(self, eos: list[int], most: int):
-        self.eos, self.most, self.count = torch.tensor(eos, device="cuda"), most, 0
+    def __init__(self, eos: list[int], most: int, device: torch.device):
+        self.eos, self.most, self.count = torch.tensor(eos, device=device), most, 0
         self.start, self.ends, self.first = 0.0, {}, 0.0
 
     def __call__(self, input_ids, scores, **kwargs):
@@ -77,19 +77,24 @@ class Clock(hf.StoppingCriteria):
         return torch.full((len(input_ids),), self.count >= self.most, device=input_ids.device)
 
 
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def with_transformers(model, prompts: list[list[int]], most: int, options: dict) -> dict:
     pad, longest = model.generation_config.pad_token_id, max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device="cuda")
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device="cuda")
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     eos = lil_ops.loop.eos_ids(model, None)
     for tokens in (4, most):
-        clock = Clock(eos, tokens)
-        torch.cuda.synchronize()
+        clock = Clock(eos, tokens, model.device)
+        wait(model.device)
         clock.start = time.perf_counter()
         out = model.generate(
             ids, attention_mask=mask, do_sample=False, max_new_tokens=most, stopping_criteria=[clock], **options
         )
-        torch.cuda.synchronize()
+        wait(model.device)
         whole = time.perf_counter() - clock.start
     outputs = out[:, longest:].tolist()
     outputs = [next((row[: i + 1] for i, token in enumerate(row) if token in eos), row) for row in outputs]
@@ -100,11 +105,11 @@ def with_engine(model, prompts: list[list[int]], most: int, options: dict) -> di
     longest = max(map(len, prompts))
     with Engine(model, slots=len(prompts), max_tokens=longest + most, compile=True, **options) as engine:
         list(engine.run([Request(prompt[:64], 4) for prompt in prompts]))
-        torch.cuda.synchronize()
+        engine.synchronize()
         start, ends, outputs = time.perf_counter(), {}, {}
         for row, prompt in enumerate(prompts):
             engine.add(Request(prompt, most, seed=row))
-        torch.cuda.synchronize()
+        engine.synchronize()
         first = time.perf_counter() - start
         while engine.free_slots < len(prompts):
             engine.step()
@@ -119,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="GSM8K-style JSONL")
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--contexts", type=int, nargs="+", default=[8000, 30000])
     parser.add_argument("--problems", type=int, default=16, help="the batch")
     parser.add_argument("--max-new-tokens", type=int, default=1024)
@@ -127,7 +133,7 @@ def main() -> None:
     parser.add_argument("--commit", default=None, help="where there is no repository")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    model, tokenizer = lil_ops.load_model(arguments.model, dtype=torch.bfloat16, device="cuda")
+    model, tokenizer = lil_ops.load_model(arguments.model, dtype=torch.bfloat16, device=arguments.device)
     model.generation_config.update(temperature=None, top_p=None, top_k=None, repetition_penalty=1.0)
     problems = sources.load(arguments.data, None, None, None, arguments.problems)
     solved = [json.loads(line) for line in Path(arguments.data).read_text(encoding="utf-8").splitlines()][
@@ -158,16 +164,17 @@ def main() -> None:
                 row["error"] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
             torch._dynamo.reset()
             gc.collect()
-            torch.cuda.empty_cache()
+            if arguments.device == "cuda":
+                torch.cuda.empty_cache()
             rows.append(row)
             print(row, flush=True)
     facts = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": arguments.commit or commit(),
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else cpu_name(),
         "model": Path(arguments.model).name,
         "versions": {"torch": torch.__version__, "transformers": hf.__version__},
-        "command": "python bench/jct_gpu.py --model Qwen2.5-Coder-1.5B-Instruct --data gsm8k_test_first200.jsonl",
+        "command": " ".join(["python", "bench/jct.py", *sys.argv[1:]]),
         "rows": rows,
     }
     arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
