@@ -120,9 +120,10 @@ class Engine(ModelLoop):
         self._device = model.device
         self._eos = torch.tensor(eos_ids(model, eos_token_id), dtype=torch.int64, device=self._device)
         self._lag, self._graph_wanted = lag, graph
-        self._compiled, self._step_cache = None, StepCache(self.cache.shape.num_layers)
+        self._compiled = None
         if compile:
             self._compiled = compiled(model, **(compile if isinstance(compile, dict) else {}))
+            self._step_cache = StepCache(self.cache.shape.num_layers)
 
         def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(slots, *shape, dtype=dtype, device=self._device)
