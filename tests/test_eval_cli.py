@@ -429,6 +429,13 @@ def test_a_report_says_what_it_has_no_data_for(recorded, lil, tmp_path):
     assert re.findall(r"\]\((\w+)\.png\)", text) == ["jct"]
 
 
+def test_a_report_without_times(recorded, lil, tmp_path):
+    assert lil("report", recorded, "--no-times", "--out", tmp_path)[0] == 0
+    text = (tmp_path / "report.md").read_text()
+    assert re.findall(r"\]\((\w+)\.png\)", text) == FIGURES[2:]
+    assert "Times are left out" in text and not re.search("JCT|TTFT|TBT", text)
+
+
 def test_a_report_of_runs_that_cannot_be_compared(recorded, lil, evaluate, tmp_path):
     assert evaluate("--limit", 1, "--seed", 5)[0] == 0
     path = tmp_path / "runs" / "full.off.jsonl"

@@ -21,6 +21,9 @@ def report(
     answer: Annotated[
         str | None, typer.Option(help="Judge the texts anew: math, boxed, number or regex:PATTERN.", show_default=False)
     ] = None,
+    times: Annotated[
+        bool, typer.Option("--times/--no-times", help="Show TTFT, TBT and JCT: not of runs that shared a machine.")
+    ] = True,
 ) -> None:
     """Write a report of recorded runs: report.md with figures, report.html in one piece, and report.json.
 
@@ -35,6 +38,6 @@ def report(
 
     with user_errors(ValueError, OSError, MissingExtraError):
         found = read_runs(runs, answer)
-        written = write_report(found, out, intervals_of(interval), thresholds_of(threshold))
+        written = write_report(found, out, intervals_of(interval), thresholds_of(threshold), times)
     for path in written:
         Console().print(Text(str(path)), soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -94,11 +95,10 @@ class Figures:
         """LZ77 size over tokens, and how many outputs still run; a column for each budget."""
         sparse = [curve for curve in self._growth if curve["series"] != "dense"]
         dense = [curve for curve in self._growth if curve["series"] == "dense"]
-        budgets = _distinct(curve["budget"] for curve in sparse) or [None]
-        if len(budgets) > MOST_COLUMNS:
-            # The tightest, and some of those up to the widest.
-            budgets, last = sorted(budgets), MOST_COLUMNS - 1
-            budgets = [budgets[round(i * (len(budgets) - 1) / last)] for i in range(MOST_COLUMNS)]
+        counts = Counter(curve["budget"] for curve in sparse)
+        budgets = list(counts) or [None]
+        if len(budgets) > MOST_COLUMNS:  # those with most curves, of equals the tightest
+            budgets = sorted(sorted(counts, key=lambda budget: (-counts[budget], budget))[:MOST_COLUMNS])
         if not sparse + dense:
             return None
         with self._matplotlib.rc_context(STYLE):
@@ -207,7 +207,7 @@ class Figures:
             for (left, right), name in zip(panels, groups, strict=True):
                 rows = [row for row in self._sensitivity if row["runs"] == name]
                 self._heat(left, rows, "saved", f"{name}: tokens saved (%)", "Blues", 0, 100)
-                self._heat(right, rows, "difference", f"{name}: right answers, change in points", "RdBu", -100, 100)
+                self._heat(right, rows, "difference", f"{name}: right answers, change in points", "RdBu", -20, 20)
             return self._save(figure, "sensitivity")
 
     def _heat(self, axes, rows: list[dict], key: str, title: str, colours: str, low: float, high: float) -> None:
@@ -217,7 +217,7 @@ class Figures:
             value = 100 * row[key].value
             x, y = intervals.index(row["interval"]), thresholds.index(row["threshold"])
             table[y][x] = value
-            dark = value > 60 if low == 0 else abs(value) > 60
+            dark = (abs(value) if low < 0 else value) > 0.6 * high
             written = f"{value:+.0f}" if low < 0 and round(value) else f"{abs(value):.0f}"
             axes.text(x, y, written, ha="center", va="center", color="white" if dark else "black")
         axes.imshow(table, cmap=colours, vmin=low, vmax=high, aspect="auto", origin="lower")
@@ -237,7 +237,7 @@ class Figures:
     def _line(self, axes, name: str, points: list[tuple], label: str) -> None:
         # Beside each other, where intervals would cover each other.
         names = list(self._colour)
-        shift = min(0.05, 0.7 / len(names)) * (names.index(name) - (len(names) - 2) / 2)
+        shift = min(0.05, 0.4 / len(names)) * (names.index(name) - (len(names) - 2) / 2)
         x = [self._budgets.index(budget) + shift for budget, _ in points]
         y = [estimate.value for _, estimate in points]
         bars = [

@@ -18,12 +18,12 @@ NO_SPARSE = "Left out: there is no run of a sparse policy without a stop rule."
 
 
 def write_report(
-    runs: Sequence[Run], folder: Path, intervals: Sequence[int], thresholds: Sequence[float]
+    runs: Sequence[Run], folder: Path, intervals: Sequence[int], thresholds: Sequence[float], times: bool = True
 ) -> list[Path]:
     """Write report.md, report.html, report.json and the figures; returns their paths.
 
-    Runs of different models, problems or generation options get a part each. Raises ValueError where two files are of
-    the same run, `MissingExtraError` without matplotlib.
+    ``times``: False leaves times out of tables and figures. Runs of different models, problems or generation options
+    get a part each. Raises ValueError where two files are of the same run, `MissingExtraError` without matplotlib.
     """
     parts = groups(runs)
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def write_report(
     for place, part in enumerate(parts):
         numbers.append(summary(part, intervals, thresholds))
         figures = Figures(folder, f"{place + 1}_" if len(parts) > 1 else "", numbers[-1])
-        _part(document, numbers[-1], figures)
+        _part(document, numbers[-1], figures, times)
         written += figures.written
     texts = {
         "report.md": document.markdown(),
@@ -49,27 +49,18 @@ def write_report(
     return [folder / name for name in texts] + written
 
 
-def _part(document: Document, numbers: dict, figures: Figures) -> None:
+def _part(document: Document, numbers: dict, figures: Figures, times: bool) -> None:
     runs = [run for run in numbers["runs"] if run["n"]]
     dense = any(run["policy"] == "dense" and run["stop"] == "off" for run in runs)
     sparse = any(run["policy"] != "dense" and run["stop"] == "off" for run in runs)
     _head(document, numbers)
 
-    document.add(Heading(3, "Job completion time"))
-    document.add(
-        Paragraph(
-            "JCT = TTFT + (tokens - 1) x TBT. Means a problem; TBT is a mean over all tokens. Problems ran in batches: "
-            "TTFT is the prefill of a whole batch, and a batch gets smaller, and its steps shorter, as outputs end. "
-            "Intervals of times are over problems: how times differ between two starts of the same run is not in them."
-        )
-    )
-    _figure(document, figures.jct(), "Mean JCT: light grey TTFT, then (tokens - 1) x TBT. Dotted: dense, no rule.")
-    document.add(_jct_table(runs))
-    document.add(Heading(3, "JCT by its factors"))
-    if dense and sparse:
-        _figure(document, figures.factors(), "Length, time between tokens and JCT, each by that of dense attention.")
+    if times:
+        _times(document, runs, figures, missing=None if dense and sparse else NO_SPARSE if dense else NO_DENSE)
     else:
-        document.add(Paragraph(NO_SPARSE if dense else NO_DENSE))
+        document.add(Heading(3, "Runs"))
+        document.add(Paragraph("Times are left out: those of these runs are no measurements."))
+        document.add(_run_table(runs, times=False))
 
     document.add(Heading(3, "Length inflation"))
     if dense and sparse:
@@ -91,14 +82,14 @@ def _part(document: Document, numbers: dict, figures: Figures) -> None:
             document,
             figures.growth(),
             "Above: mean LZ77 size of the outputs that still run after so many tokens, drawn while enough of them do. "
-            "Below: how many do.",
+            "Below: how many do. A curve falls where long outputs end.",
         )
         if not dense:
             document.add(Paragraph("There is no dense run in it."))
     else:
         document.add(Paragraph("Left out: there is no run without a stop rule."))
 
-    _stop_rules(document, runs)
+    _stop_rules(document, runs, times)
     _loss(document, runs)
     _sensitivity(document, numbers, figures)
 
@@ -128,31 +119,40 @@ def _head(document: Document, numbers: dict) -> None:
             document.add(Paragraph(f"Not finished: {run['name']} has {run['n']} of {run['problems']} problems."))
 
 
-def _jct_table(runs: list[dict]) -> Table:
-    headings = ["run", "n", "right answers", "tokens", "ended by itself", "TTFT", "TBT", "JCT", "JCT / dense", "KV",
-                "phrases / token"]  # fmt: skip
+def _times(document: Document, runs: list[dict], figures: Figures, missing: str | None) -> None:
+    document.add(Heading(3, "Job completion time"))
+    document.add(
+        Paragraph(
+            "JCT = TTFT + (tokens - 1) x TBT. Means a problem; TBT is a mean over all tokens. Problems ran in batches: "
+            "TTFT is the prefill of a whole batch, and a batch gets smaller, and its steps shorter, as outputs end. "
+            "Intervals of times are over problems: how times differ between two starts of the same run is not in them."
+        )
+    )
+    _figure(document, figures.jct(), "Mean JCT: light grey TTFT, then (tokens - 1) x TBT. Dotted: dense, no rule.")
+    document.add(_run_table(runs, times=True))
+    document.add(Heading(3, "JCT by its factors"))
+    if missing:
+        document.add(Paragraph(missing))
+    else:
+        _figure(document, figures.factors(), "Length, time between tokens and JCT, each by that of dense attention.")
+
+
+def _run_table(runs: list[dict], times: bool) -> Table:
+    headings = ["run", "n", "right answers", "tokens", "length / dense", "ended by itself", "KV", "phrases / token"]
     rows = []
     for run in runs:
         against = run["against_dense"]
-        rows.append(
-            [
-                run["name"],
-                str(run["n"]),
-                percent(run["accuracy"]),
-                number(run["tokens"], 0),
-                f"{100 * run['ended'].value:.0f} %",
-                seconds(run["ttft_s"]),
-                seconds(run["tbt_s"]),
-                seconds(run["jct_s"]),
-                number(against["jct_ratio"], 2) if against else "",
-                f"{run['kv_bytes'].value / 2**20:.2f} MiB",
-                number(run["phrases_per_token"], 3),
-            ]
-        )
-    return Table(headings, rows)
+        row = [run["name"], str(run["n"]), percent(run["accuracy"]), number(run["tokens"], 0)]
+        row += [number(against["length_ratio"], 2) if against else "", f"{100 * run['ended'].value:.0f} %"]
+        row += [f"{run['kv_bytes'].value / 2**20:.2f} MiB", number(run["phrases_per_token"], 3)]
+        if times:
+            row += [seconds(run[f"{name}_s"]) for name in ("ttft", "tbt", "jct")]
+            row += [number(against["jct_ratio"], 2) if against else ""]
+        rows.append(row)
+    return Table(headings + (["TTFT", "TBT", "JCT", "JCT / dense"] if times else []), rows)
 
 
-def _stop_rules(document: Document, runs: list[dict]) -> None:
+def _stop_rules(document: Document, runs: list[dict], times: bool) -> None:
     """With and without a stop rule: sparse, dense, and by whether the answer was right without it."""
     ruled = [run for run in runs if run["stop"] != "off" and run["against_off"] and run["against_off"]["n"]]
     headings = [
@@ -163,8 +163,7 @@ def _stop_rules(document: Document, runs: list[dict]) -> None:
         "saved",
         "right answers without",
         "change in points",
-        "JCT with / without",
-    ]
+    ] + times * ["JCT with / without"]
     for title, wanted in (("sparse attention", False), ("dense attention", True)):
         document.add(Heading(3, f"Early stop with {title}"))
         chosen = [run for run in ruled if (run["policy"] == "dense") == wanted]
@@ -183,8 +182,8 @@ def _stop_rules(document: Document, runs: list[dict]) -> None:
                     percent(off["all"]["saved"]),
                     percent(off["accuracy_before"]),
                     points(off["accuracy_difference"]),
-                    number(off["jct_ratio"], 2),
                 ]
+                + times * [number(off["jct_ratio"], 2)]
             )
         document.add(Table(headings, rows))
     document.add(Heading(3, "Early stop, right and wrong answers apart"))
