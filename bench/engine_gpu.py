@@ -26,7 +26,7 @@ import transformers as hf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run import commit
+from run import command_line, commit
 from timers import read_bandwidth
 
 from lil_ops import Engine, Guardian, Request
@@ -196,7 +196,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "read_gb_s": round(bandwidth / 1e9),
         "versions": {"torch": torch.__version__, "transformers": hf.__version__},
-        "command": " ".join(["python", "bench/engine_gpu.py", *sys.argv[1:]]),
+        "command": command_line(),
     }
     runs = [facts | {"budget": BUDGET, "rows": rows}]
     options.out.write_text(json.dumps({"runs": runs}, indent=1) + "\n")

@@ -25,7 +25,7 @@ import transformers as hf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run import commit, cpu_name
+from run import command_line, commit, cpu_name
 
 import lil_ops
 from lil_ops import Engine, Guardian, Request
@@ -174,7 +174,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else cpu_name(),
         "model": Path(arguments.model).name,
         "versions": {"torch": torch.__version__, "transformers": hf.__version__},
-        "command": " ".join(["python", "bench/jct.py", *sys.argv[1:]]),
+        "command": command_line(),
         "rows": rows,
     }
     arguments.out.write_text(json.dumps(facts, indent=1) + "\n")

@@ -22,7 +22,7 @@ BENCH = Path(__file__).resolve().parent
 sys.path.insert(0, str(BENCH.parent))
 
 from report import report  # noqa: E402
-from run import commit, cpu_name  # noqa: E402
+from run import command_line, commit, cpu_name  # noqa: E402
 
 import lil_ops  # noqa: E402
 from lil_ops import ops  # noqa: E402
@@ -111,7 +111,7 @@ def main() -> None:
     facts = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": options.commit or commit(),
-        "command": " ".join(["python", "bench/loss_quality.py", *sys.argv[1:]]),
+        "command": command_line(),
         "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else cpu_name(),
         "torch": torch.__version__,
         "text": options.text.name,

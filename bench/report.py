@@ -15,6 +15,8 @@ from report_loss import loss_lines
 BENCH = Path(__file__).resolve().parent
 REPORT = BENCH.parent / "docs" / "performance.md"
 
+ASKED = """*Asked*: a target set before the work was begun. Bold figures miss theirs."""
+
 CPU = """## CPU
 
 {cpu}, {threads} threads, {isa}; torch {torch}; {date}, commit {commit}; `{command}`. Medians. *Share of read*: bytes
@@ -330,7 +332,7 @@ def _time(us: float) -> str:
 
 
 def report() -> None:
-    lines = ["# Performance", "", "Generated from `bench/results/*.json` by `bench/report.py`; do not edit."]
+    lines = ["# Performance", "", "Generated from `bench/results/*.json` by `bench/report.py`; do not edit.", "", ASKED]
     makers = {"cpu": cpu_lines, "cuda": cuda_lines, "policies_cuda": policies_lines}
     makers |= {"engine": engine_lines, "jct": jct_lines, "loss": loss_lines, "loss_qwen": loss_lines}
     makers |= {"field": field_lines}

@@ -67,6 +67,12 @@ def commit() -> str:
     return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "csrc", "lil_ops") else "")
 
 
+def command_line() -> str:
+    """How this script was started; of absolute paths, which are of one machine, the last part."""
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    return " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *words])
+
+
 def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=BENCH, capture_output=True, text=True).stdout.strip()
 
