@@ -6,8 +6,10 @@ pytest.importorskip("transformers")
 
 import torch
 from torch._inductor import config
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
+from lil_ops.integrations.compiled import compiled
 from lil_ops.integrations.merge_linears import MergeLinears
 
 WIDTH = 8
@@ -77,3 +79,13 @@ def test_layers_of_one_input(module, left):
     assert counts == [left]
     with torch.inference_mode():
         torch.testing.assert_close(given, module(x))
+
+
+def test_weights_are_concatenated_when_compiled():
+    module = Layers([True, True])
+    x = torch.randn(2, WIDTH)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        given, (code,) = run_and_get_code(compiled(module), x)
+        torch.testing.assert_close(given, module(x))
+    assert "_frozen_param" in code and "cat" not in code
