@@ -2,11 +2,13 @@
 """A plain limit of tokens beside Guardian: bench/token_limit.py RUNS... [--answer HOW] [--limits N ...]
 
 By replay on runs of `lil-ops eval --stop off`, all problems: what each rule saves, and what that does to the answers.
+Of runs under a rule: the length that most of its outputs have. Where nearly all have it, the rule was a limit.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 from lil_ops.cli.replay import read_runs
@@ -27,6 +29,9 @@ def main() -> None:
             for name in names:
                 effect = replay.effect([outputs], replay.replay(stops.parse(name), [outputs]))
                 print(f"{run.policy:<40} {name:<14} saved {percent(effect.saved):<15} {points(effect.difference)}")
+        elif run.records:
+            ((length, count),) = Counter(len(record["tokens"]) for record in run.records.values()).most_common(1)
+            print(f"{run.policy:<40} {run.stop:<14} most end at {length}: {count} of {len(run.records)}")
 
 
 if __name__ == "__main__":
