@@ -193,7 +193,7 @@ class DecodeLoop(ModelLoop):
                 self._stop[row] = StopReason.RUNNING
             elif codes[row] == StopReason.RUNNING:
                 course.went_on(at)
-            if course.limit is not None and at >= course.limit:
+            if course.limit is not None and at >= course.limit and codes[row] != StopReason.EOS:
                 self._stop[row] = StopReason.LENGTH
         rescued = [row in self.active and self._courses[row].rescued_until is not None for row in range(len(codes))]
         self.cache.raised = torch.tensor(rescued, device=self._model.device) if any(rescued) else None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lil_ops.actions import Action, ActionEvent, Answer, Course, Rescue
+from lil_ops.cache import OutOfPagesError
 from lil_ops.device_steps import DeviceSteps
 from lil_ops.integrations.compiled import StepCache, compiled
 from lil_ops.loop import ModelLoop, check_prompts, eos_ids, uniforms
@@ -141,6 +142,7 @@ class Engine(ModelLoop):
         self._slot = torch.arange(slots, device=self._device)
 
         self._steps = DeviceSteps(self.cache.kv)
+        self._steps.install()
         self._slots: list[_Slot | None] = [None] * slots
         self._reported = 0
         self._reports: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
@@ -168,9 +170,22 @@ class Engine(ModelLoop):
         if not self.free_slots:
             raise ValueError(f"Engine: expected a free slot, got {len(self._slots)} that are taken")
         row = self._slots.index(None)
+        draws = uniforms(request.max_new_tokens, request.seed)
         self.cache.policy.check_budget(self.cache.kv, [len(prompt)])
         self.cache.kv.reserve(row, len(prompt), request.max_new_tokens - 1)  # the last token is never fed back
-        self.cache.rows = [row]
+        try:
+            self._begin(row, request, prompt, draws)
+        except BaseException:
+            self.cache.kv.free(row)
+            self._steps.install()
+            self._stop[row] = StopReason.LENGTH
+            raise
+        self._slots[row] = _Slot(request, self._course(), self._reported)
+        self._report()
+
+    def _begin(self, row: int, request: Request, prompt: torch.Tensor, draws: torch.Tensor) -> None:
+        """A sequence's prompt and first token, in a slot whose pages are reserved."""
+        self.cache.begin_pass([row])
         logits = self._forward(prompt[None], torch.arange(len(prompt))[None])
         self._steps.install()
         self._steps.load(row)
@@ -186,14 +201,11 @@ class Engine(ModelLoop):
         self._tracker.reset(row)
         if self._watch:
             self._watch.reset(row)
-        draws = uniforms(request.max_new_tokens, request.seed)
         self._uniforms[row, : len(draws)] = draws.to(self._device)
         first = sample(logits, self._uniforms[row : row + 1, 0], **self._sampling)
         if self.cache.lost_bits is not None:
             self.cache.lost_bits.zero_()
         self._settle(first.expand(len(self._slots)), self._slot == row)
-        self._slots[row] = _Slot(request, self._course(), self._reported)
-        self._report()
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -224,11 +236,20 @@ class Engine(ModelLoop):
         return done
 
     def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Serve the requests, as many at a time as there are slots; completions as they come."""
+        """Serve the requests in their order, as many at a time as there are slots and pages; completions as they come.
+
+        Raises as `add`, where a request cannot be served though nothing runs.
+        """
         waiting = deque(requests)
         while waiting or self.free_slots < len(self._slots):
             while waiting and self.free_slots:
-                self.add(waiting.popleft())
+                try:
+                    self.add(waiting[0])
+                except OutOfPagesError:
+                    if self.free_slots == len(self._slots):
+                        raise
+                    break  # until somebody ends
+                waiting.popleft()
             self.step()
             yield from self.completed()
 
@@ -301,8 +322,9 @@ class Engine(ModelLoop):
             if slot is None or number < slot.begun:
                 continue
             course = slot.course
-            if code == StopReason.RUNNING:
+            if code in (StopReason.RUNNING, StopReason.LENGTH):
                 course.went_on(count)
+            if code == StopReason.RUNNING:
                 continue
             # The report of a stop that an action has answered already.
             if course.events and course.events[-1].at == count and course.events[-1].what != "recovered":

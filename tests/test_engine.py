@@ -10,6 +10,7 @@ from tiny_models import build, prompts
 import lil_ops
 from lil_ops import Answer, Engine, Guardian, Repetition, Request, Rescue, StopReason, TokenBudget, generate
 from lil_ops.cache import OutOfPagesError
+from lil_ops.stopping import StopRule
 
 OPERATORS = [
     "append_kv",
@@ -125,6 +126,85 @@ def test_pages_of_whole_sequences_are_taken_at_once_or_not_at_all(model):
         assert engine.free_slots == 0
         with pytest.raises(ValueError, match="Engine: max_new_tokens: expected from 1 to 24 behind a prompt of 40"):
             engine.add(Request(prompts(40)[0], max_new_tokens=25))
+
+
+@pytest.mark.parametrize("rule", [TokenBudget(5), Repetition(4, 1, 2)])
+def test_a_rule_does_not_fire_again_where_no_token_came(model, rule):
+    """A slot that goes on after its rule fired stands still while another sequence's prompt runs."""
+    pairs = zip(prompts(20, 3, 9, 17), (30, 5, 6, 20), strict=True)
+    requests = [Request(prompt, new, seed) for seed, (prompt, new) in enumerate(pairs)]
+    options = {"policy": "quest", "budget": 32, "page_size": 8, "guardian": rule, "action": Rescue(limit=1)}
+    for request, completion in zip(requests, served(model, requests, 2, **options), strict=True):
+        check_same(completion, alone(model, request, **options))
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_request_that_fails_leaves_nothing_behind(model, requests, layer):
+    def breaks(*arguments):
+        raise torch.OutOfMemoryError("none left")
+
+    options = {"policy": "quest", "budget": 32, "page_size": 8}
+    with Engine(model, slots=2, max_tokens=96, **options) as engine:
+        engine.step()  # nobody runs
+        engine.add(requests[0])
+        hook = model.model.layers[layer].mlp.register_forward_pre_hook(breaks)
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.add(requests[1])
+        hook.remove()
+        engine.step()
+        for seed in (2**70, 1.5):
+            with pytest.raises((ValueError, RuntimeError, TypeError)):
+                engine.add(replace(requests[1], seed=seed))
+        assert engine.free_slots == 1
+        done = {id(each.request): each for each in engine.run([requests[2]])}
+        assert engine.cache.kv.bytes_in_use == 0
+    for request in (requests[0], requests[2]):
+        check_same(done[id(request)], alone(model, request, **options))
+
+
+def test_a_request_waits_for_pages(model, requests):
+    options = {"policy": "quest", "budget": 32, "page_size": 8}
+    with Engine(model, slots=2, max_tokens=96, num_pages=8, **options) as engine:
+        completions = list(engine.run(requests[2:4] * 2))
+        with pytest.raises(OutOfPagesError, match="1 short"):
+            list(engine.run([Request(prompts(20)[0], 53)]))
+    assert len(completions) == 4
+    for completion in completions:
+        check_same(completion, alone(model, completion.request, **options))
+
+
+class AtFive(StopRule):
+    """Fires at the fifth token, and at no other."""
+
+    interval = 4
+
+    def start(self, batch, device="cpu"):
+        self.gain = torch.full((batch,), -1, dtype=torch.int32, device=device)
+        return self
+
+    def check(self, now):
+        now.stop.masked_fill_((now.num_tokens == 5) & now.active & (now.stop == 0), StopReason.GUARDIAN)
+
+    def reset(self, row):
+        pass
+
+
+def test_the_last_token_ends_as_it_does_in_generate(model):
+    """An end of sequence at an answer's limit, and a rescue whose stretch ends with the output."""
+    (prompt,) = prompts(20)
+    options = {"policy": "quest", "budget": 32, "page_size": 8}
+    free = alone(model, Request(prompt, 30), **options).tokens[0]
+    rescued = {**options, "guardian": AtFive(), "action": Rescue()}
+    (completion,) = served(model, [Request(prompt, 9)], **rescued)
+    check_same(completion, alone(model, Request(prompt, 9), **rescued))
+    assert [event.what for event in completion.events] == ["rescue", "recovered"]
+
+    answered = {**options, "guardian": TokenBudget(4), "action": Answer((free[4],), 3)}
+    last = alone(model, Request(prompt, 30), **answered).tokens[0][-1]
+    answered["eos_token_id"] = [last]
+    (completion,) = served(model, [Request(prompt, 30)], **answered)
+    check_same(completion, alone(model, Request(prompt, 30), **answered))
+    assert completion.stop_reason == StopReason.EOS
 
 
 def test_what_an_engine_refuses(model):

@@ -211,11 +211,15 @@ def test_ctrl_c_keeps_whole_batches(evaluate, monkeypatch, tmp_path):
 def test_damaged_lines_are_told_and_run_again(evaluate, recorded, tmp_path):
     whole = (recorded / "full.off.jsonl").read_text().splitlines()
     other = {**json.loads(whole[3]), "tokens": [999]}
+    fourth = json.loads(whole[4])
     damaged = [
         *whole[:2],
         "no json",
         whole[3],
         json.dumps(other),
+        json.dumps(fourth | {"lengths": ["1"] * len(fourth["lengths"])}),
+        json.dumps(fourth | {"jct_s": float("nan")}),
+        json.dumps(fourth | {"text": fourth["text"] + "more"}),
         whole[4],
         whole[4][:50] + "\x00",
         "[]",
@@ -230,9 +234,12 @@ def test_damaged_lines_are_told_and_run_again(evaluate, recorded, tmp_path):
     assert told == [
         ("3", "not JSON, cut or damaged"),
         ("5", "expected as many lengths as tokens"),
-        ("7", "not JSON, cut or damaged"),
-        ("8", "not an object"),
-        ("9", "not JSON, cut or damaged"),
+        ("6", "expected lengths that add up to the text's"),
+        ("7", "expected finite times"),
+        ("8", "expected lengths that add up to the text's"),
+        ("10", "not JSON, cut or damaged"),
+        ("11", "not an object"),
+        ("12", "not JSON, cut or damaged"),
     ]
     assert outcome(read(path)) == {id: outcome(read(recorded / "full.off.jsonl"))[id] for id in read(path).records}
     assert sorted(read(path).records) == list("01234")
@@ -322,7 +329,45 @@ def test_a_budget_that_is_too_small_for_a_prompt_is_left_out(evaluate, tmp_path)
     assert_user_error_at_last(evaluate("--policy", "raas", "--budget", 16), "policy raas: budget: expected")
     # A share is of what a sequence may become, which is known with the prompts.
     assert evaluate("--policy", "sink", "--budget", 0.5, "--limit", 1)[0] == 0
+    # Of a batch with its longest prompt: 20, 24 and 26 tokens, and 40 more.
+    code, _, err = evaluate("--policy", "full,quest", "--budget", 0.26, out=tmp_path / "shares")
+    assert code == 0 and re.match("left out: quest-0.26.off: policy quest: budget: expected at least 16", err)
     assert_user_error_at_last(evaluate("--max-new-tokens", 10**13, out=tmp_path / "long"), "no memory for 1 problems")
+
+
+def test_a_share_of_few_tokens_is_enough_where_outputs_are_long(evaluate):
+    """The warm-up, of two tokens, must not be the length that it is a share of."""
+    assert evaluate("--policy", "quest", "--budget", 0.5, "--limit", 1)[0] == 0
+
+
+def test_a_full_disk(recorded, tmp_path):
+    code = (
+        "import resource, sys; from lil_ops.evaluation.records import *; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500)); import signal; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "with Writer(Path(sys.argv[2]), read(Path(sys.argv[1])).settings, {}) as writer:\n"
+        "    writer.append([{'id': 'x' * 9000}])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, recorded / "full.off.jsonl", tmp_path / "x.jsonl"], capture_output=True, text=True
+    )
+    assert "ValueError: cannot write" in run.stderr.splitlines()[-1] and "File too large" in run.stderr
+
+
+def test_a_finished_run_kept_as_xz_is_not_run_again(recorded, evaluate, monkeypatch, tmp_path):
+    (tmp_path / "runs").mkdir()
+    source, kept = recorded / "full.off.jsonl", tmp_path / "runs" / "full.off.jsonl.xz"
+    kept.write_bytes(lzma.compress(source.read_bytes()))
+    assert_user_error_at_last(evaluate("--seed", 5), ".*begun with other settings")
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeLoop, "__iter__", lambda loop: pytest.fail("a problem was run"))
+        assert evaluate()[0] == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [kept.name]
+    (tmp_path / "runs" / "full.off.jsonl").write_bytes(source.read_bytes())
+    assert_user_error_at_last(evaluate(), ".*kept both as it is and as full.off.jsonl.xz")
+    (tmp_path / "runs" / "full.off.jsonl").unlink()
+    kept.write_bytes(lzma.compress(b"".join(source.read_bytes().splitlines(keepends=True)[:3])))
+    assert_user_error_at_last(evaluate(), ".*has 1 of 5 problems; unpack it to go on")
 
 
 def test_a_missing_library_is_named(evaluate, lil, recorded, monkeypatch, tmp_path):
@@ -344,8 +389,9 @@ def test_replay_is_the_real_run_token_for_token(recorded, lil):
         texts = outputs(free)
         (at,) = replay(parse(GUARDIAN), [texts])
         for id, record in real.records.items():
-            assert free.records[id]["tokens"][: at[id]] == record["tokens"]
-            assert texts[id].correct_at(at[id]) == record["correct"]
+            assert free.records[id]["tokens"][: at[id].tokens] == record["tokens"]
+            assert texts[id].correct_at(at[id].tokens) == record["correct"]
+            assert at[id].fired == (record["stop"] == "guardian")
         found = documents[policy]["replays"][0]
         before, after = (sum(len(record["tokens"]) for record in run.records.values()) for run in (free, real))
         assert 0 < after < before and found["saved"]["value"] == pytest.approx(1 - after / before)
@@ -434,6 +480,18 @@ def test_a_report_without_times(recorded, lil, tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert re.findall(r"\]\((\w+)\.png\)", text) == FIGURES[2:]
     assert "Times are left out" in text and not re.search("JCT|TTFT|TBT", text)
+
+
+def test_a_report_of_runs_without_a_common_problem(recorded, lil, tmp_path):
+    """And of an environment that a damaged line tells half of."""
+    lines = (recorded / "sink-16.off.jsonl").read_text().splitlines(keepends=True)
+    half = '{"environment": {"torch": "x"}}\n'
+    other = json.dumps(json.loads(lines[0])["settings"] | {"policy_options": {"budget": 24}})
+    (tmp_path / "a.jsonl").write_text(lines[0] + half + lines[2])
+    (tmp_path / "b.jsonl").write_text(f'{{"settings": {other}}}\n' + lines[3])
+    code, _, err = lil("report", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert "Ran on unknown, unknown threads" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_report_of_runs_that_cannot_be_compared(recorded, lil, evaluate, tmp_path):

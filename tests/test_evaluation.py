@@ -13,7 +13,7 @@ from lil_ops.evaluation import data, grid, stops, summary
 from lil_ops.evaluation.answers import checker, last_boxed
 from lil_ops.evaluation.document import Document, Heading, Paragraph, Table
 from lil_ops.evaluation.extras import MissingExtraError
-from lil_ops.evaluation.replay import Output, effect, replay, stops_at
+from lil_ops.evaluation.replay import Output, Stop, effect, replay, stops_at
 from lil_ops.evaluation.runner import seed_of
 from lil_ops.evaluation.statistics import mean, ratio
 
@@ -53,6 +53,7 @@ def test_problems_of_every_layout(tmp_path):
         ([{"question": "a", "answer": "1"}, {"question": "b"}], "line 2: expected the answer .* in field 'answer' or"),
         ([{"text": "a", "answer": "1"}], "expected the question .* got the fields 'text', 'answer'"),
         ([{"question": "a", "answer": [1]}], "expected the answer as text or number"),
+        ([{"question": "a\ud800b", "answer": 1}], "expected text in field 'question', got half of a character"),
         ([{"question": "a", "answer": "so ####  "}], "line 1: the answer is empty"),
         ([{"id": 1, "question": "a", "answer": "1"}] * 2, "expected each id once, got '1' twice"),
     ],
@@ -125,6 +126,11 @@ def test_reasoning_gym():
         ("number", "-3/4", "so -0.75", "-0.75", True),
         ("number", "1234567", "1,234,567 in all", "1,234,567", True),
         ("number", "5", "none", None, False),
+        ("number", "15", "it takes 10-15", "15", True),
+        ("number", "-15", "10 - -15.", "-15", True),
+        ("math", "3,5", r"\boxed{35}", "35", False),
+        ("math", "5", r"\boxed{1e1000000000}", "1e1000000000", False),
+        ("boxed", "10", r"\boxed{1_0}", "1_0", False),
         (r"regex:#(\d\d)", "08", "#09 and #08", "08", True),
         (r"regex:#(\d\d)", "08", "#8", None, False),
         ("regex:yes|no", "no", "yes? no", "no", True),
@@ -154,7 +160,13 @@ def test_stop_rules_by_name():
     assert stops.parse("guardian:64:40:bits") == Guardian(64, 40, "bits")
     for name in ("off", "guardian:250:20", "guardian:64:2.5", "guardian:64:40:bits", "repetition:32:1:4", "tokens:500"):
         assert stops.canonical(name) == name
-    for name in ("loss:64:5:2", "guardian:64:5+answer", "repetition:32:1:4+rescue", "loss:9:1:1+rescue+answer"):
+    for name in (
+        "guardian:64:1234567",
+        "loss:64:5:2",
+        "guardian:64:5+answer",
+        "repetition:32:1:4+rescue",
+        "loss:9:1:1+rescue+answer",
+    ):
         assert stops.canonical(name) == name
     assert stops.parse("loss:64:5:2") == Guardian(64, 5, loss_aware=True, loss_weight=2)
     assert stops.parse("guardian:64:5+answer") == Guardian(64, 5)
@@ -167,6 +179,8 @@ def test_stop_rules_by_name():
     for name, message in [
         ("sometimes", "unknown stop rule 'sometimes': expected one of off, guardian"),
         ("guardian:64", "expected guardian:INTERVAL:THRESHOLD"),
+        ("guardian+", "expected one of answer, rescue, rescue.answer behind a rule"),
+        ("off+", "expected one of answer, rescue, rescue.answer behind a rule"),
         ("guardian:64:many", "expected numbers"),
         ("guardian:0:5", "interval: expected"),
         ("guardian:64:5:bytes", "unit: expected"),
@@ -241,13 +255,17 @@ def test_a_replay_stops_where_the_rule_would():
     loop, fresh, ended = [3] * 40, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] * 2, [3] * 16
     outputs = [output(loop), output(fresh), output(ended, "eos"), output(ended), output([3] * 5)]
     # A loop has 2 phrases for good. The digits have 8 at 8 tokens and 11 at 16.
-    assert stops_at(Guardian(8, 2), outputs) == [16, 20, 16, 16, 5]
-    assert stops_at(Guardian(8, 0), outputs) == [40, 20, 16, 16, 5]
-    assert stops_at(Guardian(8, 4), outputs) == [8, 16, 8, 8, 5]
+    for rule, tokens, fired in [
+        # The third has ended by itself where the rule would fire; the fourth is as long as it was allowed to be.
+        (Guardian(8, 2), [16, 20, 16, 16, 5], [1, 0, 0, 1, 0]),
+        (Guardian(8, 0), [40, 20, 16, 16, 5], [0, 0, 0, 0, 0]),
+        (Guardian(8, 4), [8, 16, 8, 8, 5], [1, 1, 1, 1, 0]),
+        # Rules of other kinds see the tokens too.
+        (stops.parse("repetition:4:1:3"), [3, 20, 3, 3, 3], [1, 0, 1, 1, 1]),
+        (stops.parse("tokens:16"), [16, 16, 16, 16, 5], [1, 1, 0, 1, 0]),
+    ]:
+        assert stops_at(rule, outputs) == list(zip(tokens, fired, strict=True))
     assert stops_at(Guardian(8, 1), []) == []
-    # Rules of other kinds see the tokens too.
-    assert stops_at(stops.parse("repetition:4:1:3"), outputs) == [3, 20, 3, 3, 3]
-    assert stops_at(stops.parse("tokens:16"), outputs) == [16, 16, 16, 16, 5]
     with pytest.raises(ValueError, match="needs the information loss"):
         stops_at(Guardian(8, 1, loss_aware=True), outputs)
 
@@ -255,13 +273,13 @@ def test_a_replay_stops_where_the_rule_would():
 def test_the_effect_of_a_replay_counts_answers_given_before_the_stop():
     runs = [{"a": output([3] * 15 + [7]), "b": output([7] * 16), "c": output([7] * 4)}]
     at = replay(Guardian(8, 3), runs)
-    assert at == [{"a": 8, "b": 8, "c": 4}]
+    assert at == [{"a": (8, True), "b": (8, True), "c": (4, False)}]
     found = effect(runs, at)
     assert found.saved.value == 16 / 36 and found.stopped.value == 2 / 3 and found.saved.n == 3
     assert (found.before.value, found.after.value, found.lost) == (1, 2 / 3, 1)
     assert found.difference.value == pytest.approx(-1 / 3)
     # Two runs together: by problem, on those that both have.
-    both = effect([*runs, {"b": output([7] * 16)}], [*at, {"b": 8}])
+    both = effect([*runs, {"b": output([7] * 16)}], [*at, {"b": Stop(8, True)}])
     assert both.saved == (0.5, 0.5, 0.5, 1) and both.lost == 0
 
 

@@ -89,3 +89,13 @@ def test_weights_are_concatenated_when_compiled():
         given, (code,) = run_and_get_code(compiled(module), x)
         torch.testing.assert_close(given, module(x))
     assert "_frozen_param" in code and "cat" not in code
+
+
+def test_any_number_of_shapes():
+    """An engine's number of slots is a shape, and Dynamo counts those of all engines together."""
+    module = Layers([True])
+    torch._dynamo.reset()
+    call = compiled(module, backend="eager")
+    with torch.inference_mode():
+        for rows in range(2, 14):
+            torch.testing.assert_close(call(torch.ones(rows, WIDTH)), module(torch.ones(rows, WIDTH)))

@@ -261,3 +261,22 @@ def test_a_long_prompt_is_never_held_whole():
 def test_lessismore_selects_behind_its_dense_layers():
     with pytest.raises(ValueError, match=r"select_layers: expected layers from 2 to 3, got \[1\]"):
         generate(build("llama"), prompts(20), max_new_tokens=2, policy="lessismore", budget=64, select_layers=[1])
+
+
+@pytest.mark.parametrize(
+    "name, option, value",
+    [
+        ("raas", "share", "abc"),
+        ("raas", "share", 0),
+        ("rkv", "mix", "abc"),
+        ("rkv", "threshold", None),
+        ("rkv", "mix", float("nan")),
+        ("lessismore", "select_layers", 4),
+        ("lessismore", "select_layers", ["a"]),
+        ("quest", "protect_prompt", "abc"),
+        ("sink", "protect_prompt", 1),
+    ],
+)
+def test_options_of_another_kind(name, option, value):
+    with pytest.raises(ValueError, match=rf"policy {name}: {option}.*: expected .*, got {value!r}"):
+        policies.get(name, budget=64, **{option: value})

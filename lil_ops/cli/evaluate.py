@@ -221,6 +221,12 @@ def _run(
     from lil_ops.evaluation.environment import environment
 
     path, settings = out / f"{combination.name}.jsonl", {**shared, **vars(combination)}
+    with user_errors(ValueError):
+        run = records.packed(path, settings)
+    if run:
+        with GridView(console, combination.name, len(runner.problems), len(run.records)) as view:
+            view.line(run)
+        return run
     with user_errors(ValueError), records.Writer(path, settings, environment()) as writer:
         for damage in writer.run.damaged:
             errors.print(Text(f"{path}, {damage}: skipped; what is missing runs again"), soft_wrap=True)

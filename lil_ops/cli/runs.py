@@ -80,9 +80,10 @@ class Decoder:
 
         Raises `UserError` where the model, the prompt or an option does not fit the others.
         """
-        with self._loop(run, max_new_tokens=2) as loop:
-            for _ in loop:
-                pass
+        with self._loop(run) as loop:
+            for event in loop:
+                if event.step:
+                    break
 
     def decode(self, run: Run, on_step: Callable[[StepEvent], object]) -> Outcome:
         """The whole run, or what there is of it when Ctrl-C comes."""

@@ -21,7 +21,8 @@ from fractions import Fraction
 
 from lil_ops.evaluation.extras import require
 
-NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
+# The minus of 10-15 is none of 15's.
+NUMBER = re.compile(r"(?:(?<!\d)-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|\.\d+)")
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,10 @@ def same(right: str, answer: str) -> bool:
 
 def number(text: str) -> Fraction | None:
     """The number that a text is: 1,234; -0.5; 3/4; $18. None where it is something else."""
+    text = text.strip().strip("$%").removesuffix(".")
     try:
-        return Fraction(text.strip().strip("$%").replace(",", ""))
-    except (ValueError, ZeroDivisionError):
+        return Fraction(text.replace(",", "")) if NUMBER.fullmatch(text) else None
+    except (ValueError, ZeroDivisionError):  # 1.5/2; 1/0
         return None
 
 

@@ -90,11 +90,19 @@ def _field(place: str, record: dict, given: str | None, usual: tuple[str, ...], 
     for name in names:
         value = record.get(name)
         if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
+            _check_encodes(place, name, str(value))
             return str(value)
     raise ValueError(
         f"{place}: expected the {what} as text or number in field {' or '.join(map(repr, names))}, "
         f"got the fields {', '.join(map(repr, record)) or 'none'}"
     )
+
+
+def _check_encodes(place: str, name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: expected text in field {name!r}, got half of a character: {error}") from error
 
 
 def _records(source: str) -> Iterator[tuple[str, object]]:

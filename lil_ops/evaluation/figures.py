@@ -216,6 +216,8 @@ class Figures:
         for row in rows:
             value = 100 * row[key].value
             x, y = intervals.index(row["interval"]), thresholds.index(row["threshold"])
+            if math.isnan(value):
+                continue
             table[y][x] = value
             dark = (abs(value) if low < 0 else value) > 0.6 * high
             written = f"{value:+.0f}" if low < 0 and round(value) else f"{abs(value):.0f}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import lzma
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,7 +148,8 @@ class Writer:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._file.close()
+        with _writing(self.path):  # what could not be written before is tried again
+            self._file.close()
 
     def append(self, records: list[dict]) -> None:
         """Add lines and return when they are on the disk."""
@@ -167,22 +169,41 @@ class Writer:
             run = Run(self.path, self._settings)
         else:
             run = read(self.path)
-            self._check(run.settings)
+            check_settings(run, self._settings)
             if not held.endswith(b"\n"):
                 # What follows must not become part of the cut line.
                 self._file.write(b"\n")
         self.append([{"environment": self._environment}])
         return run
 
-    def _check(self, before: dict) -> None:
-        # As JSON has them: a tuple comes back as a list.
-        now = json.loads(json.dumps(self._settings))
-        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-        if changed:
-            differences = "; ".join(f"{key}: {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
-            raise ValueError(
-                f"{self.path}: begun with other settings ({differences}); take those, or another folder for --out"
-            )
+
+def check_settings(run: Run, settings: dict) -> None:
+    """Raise ValueError where the run was begun with others."""
+    # As JSON has them: a tuple comes back as a list.
+    before, now = run.settings, json.loads(json.dumps(settings))
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if changed:
+        differences = "; ".join(f"{key}: {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
+        raise ValueError(
+            f"{run.path}: begun with other settings ({differences}); take those, or another folder for --out"
+        )
+
+
+def packed(path: Path, settings: dict) -> Run | None:
+    """The finished run that is kept as .xz in place of ``path``, if there is one.
+
+    Raises ValueError where it has other settings, is not finished, or is kept both ways.
+    """
+    kept = path.with_name(path.name + ".xz")
+    if not kept.exists():
+        return None
+    if path.exists():
+        raise ValueError(f"{path}: kept both as it is and as {kept.name}; remove one")
+    run = read(kept)
+    check_settings(run, settings)
+    if len(run.records) < settings["problems"]:
+        raise ValueError(f"{kept}: has {len(run.records)} of {settings['problems']} problems; unpack it to go on")
+    return run
 
 
 @contextmanager
@@ -207,8 +228,13 @@ def _fault(record: dict, vocab_size: int) -> str:
     for key, kind in RECORD.items():
         if key not in record or not isinstance(record[key], kind):
             return f"expected {key!r} as in every record"
-    if len(record["tokens"]) != len(record["lengths"]) or not record["tokens"]:
+    if not all(math.isfinite(record[key]) for key in ("ttft_s", "tbt_s", "jct_s")):
+        return "expected finite times"
+    lengths = record["lengths"]
+    if len(record["tokens"]) != len(lengths) or not lengths:
         return "expected as many lengths as tokens"
+    if not all(type(length) is int and length >= 0 for length in lengths) or sum(lengths) != len(record["text"]):
+        return "expected lengths that add up to the text's"
     if not all(type(token) is int and 0 <= token < vocab_size for token in record["tokens"]):
         return f"expected tokens from 0 to {vocab_size - 1}"
     return ""

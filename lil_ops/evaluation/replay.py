@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,8 +55,15 @@ def outputs(run: Run) -> dict[str, Output]:
     }
 
 
-def stops_at(rule: StopRule, outputs: Sequence[Output]) -> list[int]:
-    """How many tokens each output has under the rule. Raises ValueError for a rule that needs what is not recorded."""
+class Stop(NamedTuple):
+    """How many tokens a rule leaves of an output, and whether it ended it: it may fire at the very last one."""
+
+    tokens: int
+    fired: bool
+
+
+def stops_at(rule: StopRule, outputs: Sequence[Output]) -> list[Stop]:
+    """Where each output ends under the rule. Raises ValueError for a rule that needs what is not recorded."""
     if rule.needs_loss:
         raise ValueError("replay: the rule needs the information loss of each step, which is not recorded")
     if not outputs:
@@ -77,7 +85,7 @@ def stops_at(rule: StopRule, outputs: Sequence[Output]) -> list[int]:
     state = rule.start(len(outputs), "cpu")
     stop = torch.zeros(len(outputs), dtype=torch.int32)
     num_tokens = torch.zeros(len(outputs), dtype=torch.int32)
-    at = lengths.clone()
+    at, fired = lengths.clone(), torch.zeros(len(outputs), dtype=torch.bool)
     for step in range(longest):
         active = stop == StopReason.RUNNING
         last = (lengths == step + 1) & active
@@ -86,8 +94,9 @@ def stops_at(rule: StopRule, outputs: Sequence[Output]) -> list[int]:
         sizes = tokens[step], phrases[step], bits[step], num_tokens.fill_(step + 1)
         state.check(Progress(*sizes, active, None, stop))
         at[stop != before] = step + 1
+        fired |= stop != before
         stop.masked_fill_(last & (stop == StopReason.RUNNING), StopReason.LENGTH)
-    return at.tolist()
+    return list(map(Stop, at.tolist(), fired.tolist()))
 
 
 @dataclass(frozen=True)
@@ -103,8 +112,8 @@ class Effect:
     lost: int
 
 
-def effect(runs: Sequence[dict[str, Output]], stops: Sequence[dict[str, int]]) -> Effect:
-    """The effect of a rule on one run, or on several together; ``stops`` has the tokens that it leaves of each output.
+def effect(runs: Sequence[dict[str, Output]], stops: Sequence[dict[str, Stop]]) -> Effect:
+    """The effect of a rule on one run, or on several together, from where each output ends under it.
 
     Several runs count by problem, over the problems that all of them have, so that an interval is over problems.
     """
@@ -112,15 +121,16 @@ def effect(runs: Sequence[dict[str, Output]], stops: Sequence[dict[str, int]]) -
 
     def table(value) -> np.ndarray:
         """``[runs, problems]``."""
-        values = [[value(run[id], at[id]) for id in ids] for run, at in zip(runs, stops, strict=True)]
+        values = [[value(run[id], stop[id]) for id in ids] for run, stop in zip(runs, stops, strict=True)]
         return np.array(values, dtype=float).reshape(len(runs), len(ids))
 
-    lengths, at = table(lambda output, at: len(output)), table(lambda output, at: at)
-    before = table(lambda output, at: output.record["correct"])
-    after = table(lambda output, at: output.correct_at(at))
+    lengths, at = table(lambda output, stop: len(output)), table(lambda output, stop: stop.tokens)
+    fired = table(lambda output, stop: stop.fired)
+    before = table(lambda output, stop: output.record["correct"])
+    after = table(lambda output, stop: output.correct_at(stop.tokens))
     return Effect(
         saved=ratio((lengths - at).sum(0), lengths.sum(0)),
-        stopped=mean((at < lengths).mean(0)),
+        stopped=mean(fired.mean(0)),
         before=mean(before.mean(0)),
         after=mean(after.mean(0)),
         difference=mean((after - before).mean(0)),
@@ -128,7 +138,7 @@ def effect(runs: Sequence[dict[str, Output]], stops: Sequence[dict[str, int]]) -
     )
 
 
-def replay(rule: StopRule, runs: Sequence[dict[str, Output]]) -> list[dict[str, int]]:
-    """The tokens that the rule leaves of each output. All at once: a step costs little more for many than for one."""
+def replay(rule: StopRule, runs: Sequence[dict[str, Output]]) -> list[dict[str, Stop]]:
+    """Where each output ends under the rule. All at once: a step costs little more for many than for one."""
     at = iter(stops_at(rule, [output for run in runs for output in run.values()]))
     return [{id: next(at) for id in run} for run in runs]

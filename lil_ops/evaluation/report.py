@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,7 +108,8 @@ def _head(document: Document, numbers: dict) -> None:
         )
     )
     for ran in numbers["environments"]:
-        device = ran["devices"][-1] if settings["device"] != "cpu" else f"{ran['processor']}, {ran['threads']} threads"
+        ran = defaultdict(lambda: "unknown", ran)  # of a damaged line
+        device = f"{ran['processor']}, {ran['threads']} threads" if settings["device"] == "cpu" else ran["devices"][-1]
         document.add(
             Paragraph(
                 f"Ran on {device}; lil_ops {ran['lil_ops']}, commit {ran['commit'] or 'unknown'}, "
@@ -291,4 +293,4 @@ def _plain(value):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -61,13 +61,16 @@ class Runner:
     engine: bool = False
 
     def check(self, combination: Combination) -> None:
-        """Raise ValueError where the longest prompt, and so some batch, cannot be run."""
-        longest = max(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
-        if self.engine:
-            cache = self._engine(combination, [longest]).cache
-            cache.policy.check_budget(cache.kv, [len(self.prompts[longest])])
-        else:
-            self._loop(combination, [longest])
+        """Raise ValueError where some batch cannot be run: the longest prompt needs most, and a budget that is a share
+        is smallest in the batch whose longest is the shortest."""
+        longest = [max(batch, key=lambda i: len(self.prompts[i])) for batch in self.pending(())]
+        longest.sort(key=lambda i: len(self.prompts[i]))
+        for i in dict.fromkeys((longest[-1], longest[0])):
+            if self.engine:
+                cache = self._engine(combination, [i]).cache
+                cache.policy.check_budget(cache.kv, [len(self.prompts[i])])
+            else:
+                self._loop(combination, [i])
 
     def pending(self, done: Sequence[str]) -> list[list[int]]:
         """The batches, as places in the list of problems, of which a record is missing."""
@@ -165,18 +168,21 @@ class Runner:
                 engine.step()
                 completions, now, steps = engine.completed(), time.perf_counter(), steps + 1
                 for done in completions:
+                    steps_of_it = len(done.tokens) - 1
+                    decode = now - first if steps_of_it else 0.0  # its end is known a step later than it came
                     outcomes[id(done.request)] = Outcome(
                         done.tokens, done.stop_reason, done.kv_bytes, done.phrases, None, done.events,
-                        ttft=first - start, tbt=(now - first) / max(len(done.tokens) - 1, 1), jct=now - start,
+                        ttft=first - start, tbt=decode / max(steps_of_it, 1), jct=first - start + decode,
                     )  # fmt: skip
                 on_step(running, len(completions), steps + 1, now - before)
         return [outcomes[id(request)] for request in requests]
 
     def _warm_up(self, combination: Combination, i: int) -> None:
         """Two tokens that nobody sees: what happens once (thread pools, code paged in) is in no problem's TTFT."""
-        with self._loop(combination, [i], max_new_tokens=2) as loop:
-            for _ in loop:
-                pass
+        with self._loop(combination, [i]) as loop:
+            for event in loop:
+                if event.step:
+                    break
 
     def _engine(self, combination: Combination, batch: list[int]) -> Engine:
         options = dict(self.loop_options)
@@ -192,7 +198,7 @@ class Runner:
             **combination.policy_options,
         )
 
-    def _loop(self, combination: Combination, batch: list[int], **overrides) -> DecodeLoop:
+    def _loop(self, combination: Combination, batch: list[int]) -> DecodeLoop:
         try:
             return DecodeLoop(
                 self.model,
@@ -202,7 +208,7 @@ class Runner:
                 action=stops.action(combination.stop, self.answer),
                 # By problem: draws depend neither on the batch nor on the order of the problems.
                 seed=[seed_of(self.seed, self.problems[i].id) for i in batch],
-                **{**self.loop_options, **overrides},
+                **self.loop_options,
                 **combination.policy_options,
             )
         # torch's allocators raise nothing more specific.

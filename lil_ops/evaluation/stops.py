@@ -28,7 +28,12 @@ def guardian(interval: str = "250", threshold: str = "20", unit: str = "phrases"
 
 
 def guardian_parts(rule: Guardian) -> list[str]:
-    return [str(rule.interval), f"{rule.threshold:g}", *([rule.unit] if rule.unit != "phrases" else [])]
+    return [str(rule.interval), _shortest(rule.threshold), *([rule.unit] if rule.unit != "phrases" else [])]
+
+
+def _shortest(number: float) -> str:
+    """As it reads back: 5 for 5.0."""
+    return repr(number).removesuffix(".0")
 
 
 def loss(interval: str = "250", threshold: str = "20", weight: str = "1") -> Guardian:
@@ -36,11 +41,11 @@ def loss(interval: str = "250", threshold: str = "20", weight: str = "1") -> Gua
     return Guardian(int(interval), float(threshold), loss_aware=True, loss_weight=float(weight))
 
 
-ACTIONS = ("", "answer", "rescue", "rescue+answer")
+ACTIONS = ("answer", "rescue", "rescue+answer")
 RULES = {
     "off": Kind(lambda: None, lambda rule: []),
     "guardian": Kind(guardian, guardian_parts),
-    "loss": Kind(loss, lambda rule: [str(rule.interval), f"{rule.threshold:g}", f"{rule.loss_weight:g}"]),
+    "loss": Kind(loss, lambda rule: [str(rule.interval), _shortest(rule.threshold), _shortest(rule.loss_weight)]),
     # MAX_PATTERN:MIN_PATTERN:COUNT
     "repetition": Kind(
         lambda *parts: Repetition(*map(int, parts)),
@@ -52,10 +57,10 @@ RULES = {
 
 def parse(name: str) -> StopRule | None:
     """The rule of this name; None for ``off``. Raises ValueError for a name that means none."""
-    written, _, action = name.partition("+")
+    written, plus, action = name.partition("+")
     kind, *parts = written.split(":")
-    if action not in ACTIONS or (action and kind == "off"):
-        raise ValueError(f"stop rule {name!r}: expected one of {', '.join(ACTIONS[1:])} behind a rule and its +")
+    if plus and (action not in ACTIONS or kind == "off"):
+        raise ValueError(f"stop rule {name!r}: expected one of {', '.join(ACTIONS)} behind a rule and its +")
     if kind not in RULES:
         raise ValueError(f"unknown stop rule {name!r}: expected one of {', '.join(RULES)}, as in guardian:64:5")
     if kind in ("guardian", "loss") and len(parts) == 1:

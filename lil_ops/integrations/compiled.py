@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 if TYPE_CHECKING:
     from lil_ops.integrations.transformers import LilCache
 
+ENGINES = 1 << 16  # that a process may compile for
 _serving: LilCache | None = None
 
 
@@ -40,7 +41,9 @@ def compiled(model: torch.nn.Module, **options) -> Callable:
     module = torch.compile(model, **{"fullgraph": True, "dynamic": False} | options)
 
     def call(*arguments, **inputs):
-        with config.patch(freezing=True, pre_grad_custom_pass=MergeLinears()):  # the first call compiles
+        # The first call compiles. Dynamo counts the models and numbers of slots of a process together.
+        unlimited = torch._dynamo.config.patch(recompile_limit=ENGINES, accumulated_recompile_limit=ENGINES)
+        with config.patch(freezing=True, pre_grad_custom_pass=MergeLinears()), unlimited:
             return module(*arguments, **inputs)
 
     return call

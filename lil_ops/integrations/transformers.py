@@ -148,14 +148,15 @@ class LilCache(Cache):
         self.policy.begin(self.kv, prompt_lens)
         self._begun = True
 
+    def begin_pass(self, rows: list[int]) -> None:
+        """The next forward pass is of these rows, and begins with the first layer, also behind one that broke off."""
+        self.rows, self._unread, self._next = rows, None, 0
+
     @contextmanager
     def on_device_steps(self) -> Iterator[None]:
-        """In this block, forward passes are of one token in every row, on steps that `DeviceSteps` has installed.
-
-        They begin with the first layer, also behind a pass that broke off (a capture that failed).
-        """
-        self.rows, self._on_device = list(range(self.kv.batch)), True
-        self._unread, self._next = None, 0
+        """In this block, forward passes are of one token in every row, on steps that `DeviceSteps` has installed."""
+        self.begin_pass(list(range(self.kv.batch)))
+        self._on_device = True
         try:
             with compiled.serving(self):
                 yield

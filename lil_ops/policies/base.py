@@ -78,6 +78,8 @@ class Policy:
         if budget is None:
             raise ValueError(f"policy {self.name}: budget: expected a number of tokens (budget=...), got none")
         self.check_whole(sink=(sink, 0), recent=(recent, 1), dense_layers=(dense_layers, 0))
+        if not isinstance(protect_prompt, bool):
+            raise ValueError(f"policy {self.name}: protect_prompt: expected True or False, got {protect_prompt!r}")
         for entry in budget if isinstance(budget, Sequence) and not isinstance(budget, str) else [budget]:
             if isinstance(entry, float):
                 if not 0 < entry <= 1:
@@ -100,6 +102,12 @@ class Policy:
         for option, (value, least) in options.items():
             if value < least:
                 raise ValueError(f"policy {self.name}: {option}: expected at least {least}, got {value}")
+
+    def check_number(self, **options: tuple[float, float, float]) -> None:
+        """Raise ValueError unless each option, given as (value, least, most), is a number in between."""
+        for option, (value, least, most) in options.items():
+            if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+                raise ValueError(f"policy {self.name}: {option}: expected from {least} to {most}, got {value!r}")
 
     def reads_all(self, layer: int) -> bool:
         """Whether this layer holds and reads everything."""

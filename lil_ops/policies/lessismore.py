@@ -34,6 +34,10 @@ class LessIsMore(Policy):
         super().__init__(
             budget, sink=sink, recent=1 if recent is None else recent, dense_layers=dense_layers, **options
         )
+        if select_layers is not None:
+            if isinstance(select_layers, str) or not isinstance(select_layers, Sequence):
+                raise ValueError(f"policy {self.name}: select_layers: expected a list of layers, got {select_layers!r}")
+            self.check_whole(**{f"select_layers[{i}]": (layer, 0) for i, layer in enumerate(select_layers)})
         self._quarter, self.select_layers = recent is None, select_layers
 
     def begin(self, cache, prompt_lens):

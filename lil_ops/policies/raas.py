@@ -30,8 +30,9 @@ class RaaS(Policy):
 
     def __init__(self, budget=None, *, share: float = 0.5, **options):
         super().__init__(budget, **{"protect_prompt": True, **options})
-        if not 0 < share <= 1:
-            raise ValueError(f"policy {self.name}: share: expected above 0 and up to 1, got {share}")
+        self.check_number(share=(share, 0, 1))
+        if share == 0:
+            raise ValueError(f"policy {self.name}: share: expected above 0, got {share}")
         if not self.protect_prompt:
             raise ValueError(f"policy {self.name}: protect_prompt: expected True, its prompt's pages stay; got False")
         self.share = share

@@ -43,9 +43,7 @@ class RKV(TokenSlots):
     ):
         super().__init__(budget, recent=recent, **options)
         self.check_whole(buffer=(buffer, 1))
-        for option, value, least in ("mix", mix, 0), ("threshold", threshold, -1):
-            if not least <= value <= 1:
-                raise ValueError(f"policy {self.name}: {option}: expected from {least} to 1, got {value}")
+        self.check_number(mix=(mix, 0, 1), threshold=(threshold, -1, 1))
         self.buffer, self.mix, self.threshold = buffer, mix, threshold
 
     def room_of(self, layer):
