@@ -72,7 +72,7 @@ def tiny(tokens: int, near: str, budgets: dict[str, str]) -> dict[str, Set]:
         Part("quest", near, f"off,{ACTIONS}"),
         Part("full", stop=f"off,{FIXED},{ANSWER},guardian:250:20+answer"),
         Part("quest", near, LOSS),
-        Part("quest:scoring=meanstd", near, f"off,{LOSS}"),
+        Part("quest:scoring=meanstd:sink=1", near, f"off,{LOSS}"),  # what a rule that looks at the loss makes of Quest
         Part("quest", near, FIXED),
         *[Part(policy, budgets[policy], f"off,{ANSWER}") for policy in ("raas", "snapkv", *PROTECTED)],
     ]
