@@ -74,6 +74,7 @@ def tiny(tokens: int, near: str, budgets: dict[str, str]) -> dict[str, Set]:
         Part("quest", near, LOSS),
         Part("quest:scoring=meanstd:sink=1", near, f"off,{LOSS}"),  # what a rule that looks at the loss makes of Quest
         Part("quest", near, FIXED),
+        *[Part(policy, "96", "off,guardian:64:5+rescue") for policy in ("infllm", "lessismore")],
         *[Part(policy, budgets[policy], f"off,{ANSWER}") for policy in ("raas", "snapkv", *PROTECTED)],
     ]
     return {"": Set(options, free(budgets)), "-ruled": Set(options, ruled)}
