@@ -164,14 +164,14 @@ def main() -> None:
                 row["error"] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
             torch._dynamo.reset()
             gc.collect()
-            if arguments.device == "cuda":
+            if model.device.type == "cuda":
                 torch.cuda.empty_cache()
             rows.append(row)
             print(row, flush=True)
     facts = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": arguments.commit or commit(),
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else cpu_name(),
+        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else cpu_name(),
         "model": Path(arguments.model).name,
         "versions": {"torch": torch.__version__, "transformers": hf.__version__},
         "command": command_line(),

@@ -15,7 +15,7 @@ from report_loss import loss_lines
 BENCH = Path(__file__).resolve().parent
 REPORT = BENCH.parent / "docs" / "performance.md"
 
-ASKED = """*Asked*: a target set before the work was begun. Bold figures miss theirs."""
+ASKED = """*Asked*: a target set before the work was begun."""
 
 CPU = """## CPU
 

@@ -49,7 +49,7 @@ class RepetitionState:
         run = (self.run + 1) * (self.last[:, self._lag - 1] == token)
         torch.where(active, run, self.run, out=self.run)
         self.last.copy_(torch.where(active, torch.cat([token, self.last[:, :-1]], 1), self.last))
-        fired = (self.run >= self._needed).any(1) & now.active & (now.stop == StopReason.RUNNING)
+        fired = (self.run >= self._needed).any(1) & (now.stop == StopReason.RUNNING)
         now.stop.masked_fill_(fired, StopReason.GUARDIAN)
 
     def reset(self, row: int) -> None:
@@ -77,7 +77,7 @@ class TokenBudgetState:
         self._tokens = rule.tokens
 
     def check(self, now: Progress) -> None:
-        fired = (now.num_tokens >= self._tokens) & now.active & (now.stop == StopReason.RUNNING)
+        fired = (now.num_tokens >= self._tokens) & (now.stop == StopReason.RUNNING)
         now.stop.masked_fill_(fired, StopReason.GUARDIAN)
 
     def reset(self, row: int) -> None:

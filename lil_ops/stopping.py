@@ -51,10 +51,7 @@ class StopState(Protocol):
     gain: torch.Tensor
 
     def check(self, now: Progress) -> None:
-        """Look at the batch after a step; write the code of each running sequence that is to end into ``now.stop``.
-
-        Only of those that are active: another was looked at when it took its token, and may go on in spite of that.
-        """
+        """Look at the batch after a step; write the code of each running sequence that is to end into ``now.stop``."""
 
     def reset(self, row: int) -> None:
         """Another sequence begins in this place of the batch."""

@@ -128,7 +128,23 @@ def test_pages_of_whole_sequences_are_taken_at_once_or_not_at_all(model):
             engine.add(Request(prompts(40)[0], max_new_tokens=25))
 
 
-@pytest.mark.parametrize("rule", [TokenBudget(5), Repetition(4, 1, 2)])
+class AtFive(StopRule):
+    """Fires at the fifth token, and at no other."""
+
+    interval = 4
+
+    def start(self, batch, device="cpu"):
+        self.gain = torch.full((batch,), -1, dtype=torch.int32, device=device)
+        return self
+
+    def check(self, now):
+        now.stop.masked_fill_((now.num_tokens == 5) & (now.stop == 0), StopReason.GUARDIAN)
+
+    def reset(self, row):
+        pass
+
+
+@pytest.mark.parametrize("rule", [TokenBudget(5), Repetition(4, 1, 2), AtFive()])
 def test_a_rule_does_not_fire_again_where_no_token_came(model, rule):
     """A slot that goes on after its rule fired stands still while another sequence's prompt runs."""
     pairs = zip(prompts(20, 3, 9, 17), (30, 5, 6, 20), strict=True)
@@ -171,22 +187,6 @@ def test_a_request_waits_for_pages(model, requests):
     assert len(completions) == 4
     for completion in completions:
         check_same(completion, alone(model, completion.request, **options))
-
-
-class AtFive(StopRule):
-    """Fires at the fifth token, and at no other."""
-
-    interval = 4
-
-    def start(self, batch, device="cpu"):
-        self.gain = torch.full((batch,), -1, dtype=torch.int32, device=device)
-        return self
-
-    def check(self, now):
-        now.stop.masked_fill_((now.num_tokens == 5) & now.active & (now.stop == 0), StopReason.GUARDIAN)
-
-    def reset(self, row):
-        pass
 
 
 def test_the_last_token_ends_as_it_does_in_generate(model):
