@@ -6,8 +6,8 @@ names for building and testing; nothing is installed. Then ``test`` runs the ope
 device memory in long decodes (ARGUMENTS go to pytest, whose exit code is returned; LIL_RANDOM_CASES=10000 for so many
 random cases), ``sanitize`` runs some of them
 under each tool of compute-sanitizer (LIL_SANITIZER="memcheck racecheck" for some of the tools), ``bench`` runs
-bench/peers.py (ARGUMENTS go there), bench/policies_gpu.py and bench/engine_gpu.py, and ``policies`` the second alone
-(ARGUMENTS go there). Tests run in several processes where pytest-xdist is there.
+bench/peers.py (ARGUMENTS go there), bench/policies_gpu.py, bench/linears_gpu.py and bench/engine_gpu.py, and
+``policies`` the second alone (ARGUMENTS go there). Tests run in several processes where pytest-xdist is there.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ SANITIZED = (
     "ragged or many_pages or more_pages or long_sequence or empty or values_out or only_at_interval or any_masses or "
     "selected_pages or loss_bounds or in_a_row or test_meanstd_estimates or many_heads or test_random_cases or "
     "always_read or many_keys or any_representatives or step_by_step or "
+    "leading_dimensions or one_after_another or rows_do_not_meet or "
     "a_bad_row or full_to_the_last or states_move or another_vocabulary)"
 )
 PROCESSES = ["-n", "8"] if importlib.util.find_spec("xdist") else []
@@ -57,9 +58,9 @@ def main(arguments: list[str]) -> int:
     python = [sys.executable]
     tests = [*python, "-m", "pytest", *PROCESSES, *operator_tests()]
     policies = [*python, str(ROOT / "bench" / "policies_gpu.py")]
-    engine = [*python, str(ROOT / "bench" / "engine_gpu.py")]
+    engine, linears = ([*python, str(ROOT / "bench" / f"{name}_gpu.py")] for name in ("engine", "linears"))
     if what == "bench":
-        commands = [[*python, str(ROOT / "bench" / "peers.py"), *arguments], policies, engine]
+        commands = [[*python, str(ROOT / "bench" / "peers.py"), *arguments], policies, linears, engine]
     elif what == "policies":
         commands = [[*policies, *arguments]]
     elif what == "test":

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from report_engine import engine_lines, jct_lines
+from report_engine import engine_lines, jct_lines, linears_lines
 from report_field import field_lines
 from report_loss import loss_lines
 
@@ -334,7 +334,13 @@ def _time(us: float) -> str:
 def report() -> None:
     lines = ["# Performance", "", "Generated from `bench/results/*.json` by `bench/report.py`; do not edit.", "", ASKED]
     makers = {"cpu": cpu_lines, "cuda": cuda_lines, "policies_cuda": policies_lines}
-    makers |= {"engine": engine_lines, "jct": jct_lines, "loss": loss_lines, "loss_qwen": loss_lines}
+    makers |= {
+        "linears_cuda": linears_lines,
+        "engine": engine_lines,
+        "jct": jct_lines,
+        "loss": loss_lines,
+        "loss_qwen": loss_lines,
+    }
     makers |= {"field": field_lines}
     for name, make in makers.items():
         result = BENCH / "results" / f"{name}.json"

@@ -1,16 +1,26 @@
-"""docs/performance.md, "The engine on CUDA" and "End to end on CUDA", from bench/results/engine.json and jct.json."""
+"""docs/performance.md: linear layers, the engine and end to end on CUDA, from bench/results/linears_cuda.json,
+engine.json and jct.json."""
 
 from __future__ import annotations
 
+LINEARS = """## Linear layers of a decode step on CUDA
+
+{device}, {read_gb_s} GB/s read; torch {torch}; {date}, commit {commit}; `{command}`. bf16, microseconds; each layer
+with what `decode_linear` takes along: the norm before qkv, gate and up, and the head; the gate; the addition behind
+output and down. *torch*: the same by torch.compile. *cuBLAS*: the product alone. Floor: the weight over the bandwidth.
+Bold: slower than torch.
+
+| model, layer, rows | lil | floor | share | torch | torch / lil | cuBLAS |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |"""
 ENGINE = """## The engine on CUDA
 
 {device}, {read_gb_s} GB/s read; torch {torch}, transformers {transformers}; {date}, commit {commit}; `{command}`.
 Random bf16 weights, Quest with a budget of {budget} (two layers dense) and a Guardian that never stops. Microseconds a
 step. *Engine*: one CUDA graph; *compiled*: with the model's part compiled; *tuned*: that with inductor's
 coordinate-descent tuning; *no graph*: launched from the host.
-*Floor*: the bytes that must be read, over the bandwidth. *Kernels*: the sum of their own times (some run beside each
-other), and how many. *Stop*: `lz77_append` and `guardian_check`. *Gap*: the longest time in which no kernel runs.
-transformers: `generate` with sdpa, dense; *static*: static cache, compiled."""
+*Floor*: the bytes that must be read, over the bandwidth. *Kernels*: how long at least one of them runs (they begin
+before the one ahead has ended), and how many. *Stop*: `lz77_append` and `guardian_check`. *Gap*: the longest time in
+which no kernel runs. transformers: `generate` with sdpa, dense; *static*: static cache, compiled."""
 NOTE = """
 Asked: 1.2x of the floor for the Qwen shape, 3 % over the kernels, 0.5 % for the stop; transformers' static at least 2x
 of ours at batch 1 and 5x at batch 8. Bold misses."""
@@ -31,6 +41,18 @@ def engine_lines(result: dict) -> list[str]:
     lines = [ENGINE.format(**last, **last["versions"]) + NOTE, "", *_table(last)]
     for run in earlier:
         lines += ["", AN_EARLIER_RUN.format(**run), "", *_table(run)]
+    return lines
+
+
+def linears_lines(result: dict) -> list[str]:
+    lines = LINEARS.format(**result, **result["versions"]).splitlines()
+    for row in result["rows"]:
+        ours, theirs = row["lil_us"], row["torch_us"]
+        lines.append(
+            f"| {row['model']}, {row['layer']}, {row['rows']} | {ours} | {row['floor_us']} | "
+            f"{row['floor_us'] / ours:.0%} | {theirs} | {_bold(f'{theirs / ours:.2f}x', theirs < ours)} | "
+            f"{row['cublas_us']} |"
+        )
     return lines
 
 

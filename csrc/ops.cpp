@@ -4,6 +4,7 @@
 
 #include "api/append_kv.h"
 #include "api/compact_kv.h"
+#include "api/decode_linear.h"
 #include "api/evict_pages.h"
 #include "api/fold_mass.h"
 #include "api/guardian_check.h"
@@ -64,6 +65,10 @@ STABLE_TORCH_LIBRARY(lil, m) {
   m.def(
       "key_redundancy(Tensor k_cache, Tensor page_table, Tensor seq_lens, *, float threshold=0.5, "
       "Tensor? positions=None) -> Tensor");
+  // A linear layer of a decode step, with the norm before it and the gate or the addition behind it.
+  m.def(
+      "decode_linear(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor? norm=None, float eps=1e-06, "
+      "bool gated=False, Tensor? residual=None) -> Tensor");
   // Feeds new tokens to each sequence's LZ77 parse; returns its size in phrases and in bits.
   m.def(
       "lz77_append(Tensor(a!) state, Tensor tokens, Tensor? counts, int vocab_size) -> (Tensor phrases, Tensor bits)");
@@ -86,6 +91,7 @@ STABLE_TORCH_LIBRARY_IMPL(lil, CPU, m) {
   m.impl("represent_page", TORCH_BOX(&lil::represent_page<Backend>));
   m.impl("compact_kv", TORCH_BOX(&lil::compact_kv<Backend>));
   m.impl("key_redundancy", TORCH_BOX(&lil::key_redundancy<Backend>));
+  m.impl("decode_linear", TORCH_BOX(&lil::decode_linear<Backend>));
   m.impl("lz77_append", TORCH_BOX(&lil::lz77_append<Backend>));
   m.impl("guardian_check", TORCH_BOX(&lil::guardian_check<Backend>));
 }

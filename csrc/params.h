@@ -213,6 +213,22 @@ struct KeyRedundancyParams {
   }
 };
 
+// What a decode step has at most: its rows are one tile of eight or two on tensor cores.
+constexpr int64_t kMaxLinearRows = 16;
+
+struct DecodeLinearParams {
+  DType dtype;
+  const void* x;         // [rows, in_features]
+  const void* weight;    // [out_features, in_features]; gated: [2 * out_features, in_features], the gate's rows first
+  const void* bias;      // [out_features], or null
+  const void* norm;      // [in_features], or null
+  const void* residual;  // [rows, out_features], or null
+  void* out;             // [rows, out_features]
+  int64_t rows, in_features, out_features;
+  bool gated;
+  float eps;
+};
+
 struct Lz77AppendParams {
   int32_t* state;  // [batch, state_size], contiguous
   int64_t state_size;

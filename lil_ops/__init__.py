@@ -15,6 +15,7 @@ from lil_ops.guardian import Guardian
 from lil_ops.ops import (
     append_kv,
     compact_kv,
+    decode_linear,
     evict_pages,
     fold_mass,
     guardian_check,
@@ -57,6 +58,7 @@ __all__ = [
     "build_info",
     "check_errors",
     "compact_kv",
+    "decode_linear",
     "evict_pages",
     "fold_mass",
     "generate",

@@ -572,6 +572,48 @@ def key_redundancy(
     return _lil.key_redundancy(k_cache, page_table, seq_lens, threshold=threshold, positions=positions)
 
 
+def decode_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A linear layer of a decode step: few rows, so that reading the weight is all there is to do.
+
+    The RMS norm before it, the gate of a gated MLP behind it and the residual addition may come with it: a decode layer
+    is then this operator four times, and attention.
+
+    Args: (all contiguous, of one dtype: fp32, fp16 or bf16; on CUDA bf16, or fp16 without ``norm``)
+        x: ``[..., in_features]``, at most 16 rows. weight: ``[out_features, in_features]``, both multiples of 16.
+        bias: ``[out_features]``; not with ``gated``.
+        norm: ``[in_features]``, weight of an RMS norm of x; None: x as it is. eps: of the norm, at least 0.
+        gated: the weight is ``[2 * out_features, in_features]``, and its first half's outputs, through SiLU, are
+            factors on the second half's.
+        residual: ``[..., out_features]``, added at the end.
+
+    Returns:
+        ``[..., out_features]`` in x's dtype, rounded once; on CUDA with ``norm`` also ``x * norm`` is rounded.
+
+    On CUDA (compute capability 9.0 and later; elsewhere an error) the weight is read before the kernel ahead on the
+    stream has ended: it must not be what another operator of this package has just written.
+
+    Equivalent PyTorch::
+
+        if norm is not None:
+            x = norm * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        y = torch.nn.functional.linear(x, weight, bias)
+        if gated:
+            gate, up = y.chunk(2, -1)
+            y = torch.nn.functional.silu(gate) * up
+        return y if residual is None else y + residual
+    """
+    return _lil.decode_linear(x, weight, bias, norm=norm, eps=eps, gated=gated, residual=residual)
+
+
 def lz77_state(batch: int, capacity: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """An empty parse for each of ``batch`` sequences of up to ``capacity`` tokens (1 to 16777216), for `lz77_append`.
 
@@ -712,6 +754,11 @@ def _(k_cache, v_cache, page_table, keep, counts):
 def _(k_cache, page_table, seq_lens, *, threshold=0.5, positions=None):
     slots = page_table.size(-1) * k_cache.size(2)
     return k_cache.new_empty((seq_lens.size(0), k_cache.size(1), slots), dtype=torch.float32)
+
+
+@torch.library.register_fake("lil::decode_linear")
+def _(x, weight, bias=None, *, norm=None, eps=1e-6, gated=False, residual=None):
+    return x.new_empty((*x.shape[:-1], weight.size(0) // 2 if gated else weight.size(0)))
 
 
 @torch.library.register_fake("lil::lz77_append")

@@ -176,7 +176,7 @@ def calls():
     table, one = torch.arange(4, dtype=torch.int32)[None], torch.tensor([0, 1], dtype=torch.int32)
     scores, held, priority = torch.zeros(1, 2, 4), torch.full((1, 2, 64), -1, dtype=torch.int32), torch.zeros(1, 2, 64)
     pages, counts = torch.arange(4, dtype=torch.int32).repeat(1, 2, 1), torch.full((1, 2), 3, dtype=torch.int32)
-    mean, weight = torch.zeros(4, 2, 1, 64), torch.zeros(1, 2, 64)
+    mean, weight, linear = torch.zeros(4, 2, 1, 64), torch.zeros(1, 2, 64), torch.ones(16, 16)
     mass, lse, places = torch.empty(1, 4, 64), torch.zeros(1, 4), torch.arange(40, dtype=torch.int32).repeat(1, 2, 1)
     return {
         "append_kv": lambda: lil_ops.append_kv(k, v, summary, new, new, table, lens, one, summary_mode="meanstd"),
@@ -191,6 +191,7 @@ def calls():
             mean, weight, k, table, lens, mass, pages, counts, recent=9, representatives=4
         ),
         "compact_kv": lambda: lil_ops.compact_kv(k, v, table, places, lens),
+        "decode_linear": lambda: lil_ops.decode_linear(linear, linear, norm=linear[0], residual=linear),
         "key_redundancy": lambda: lil_ops.key_redundancy(k, table, lens),
     }
 

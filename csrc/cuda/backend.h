@@ -19,6 +19,7 @@ void fold_mass(const FoldMassParams&, const Tensor& on);
 void represent_page(const RepresentPageParams&, const Tensor& on);
 void compact_kv(const CompactKvParams&, const Tensor& on);
 void key_redundancy(const KeyRedundancyParams&, const Tensor& on);
+void decode_linear(const DecodeLinearParams&, const Tensor& on);
 void lz77_append(const Lz77AppendParams&, const Tensor& on);
 void guardian_check(const GuardianCheckParams&, const Tensor& on);
 
@@ -36,6 +37,7 @@ struct Backend {
   static constexpr auto represent_page = &cuda::represent_page;
   static constexpr auto compact_kv = &cuda::compact_kv;
   static constexpr auto key_redundancy = &cuda::key_redundancy;
+  static constexpr auto decode_linear = &cuda::decode_linear;
   static constexpr auto lz77_append = &cuda::lz77_append;
   static constexpr auto guardian_check = &cuda::guardian_check;
 };

@@ -98,8 +98,8 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
-// The next kernel's blocks may start. Only after wait_for_previous(): then whoever waits for this kernel has also
-// waited for those before it.
+// The next kernel's blocks may start. After wait_for_previous(), or in a kernel whose every block waits later: then
+// whoever waits for this kernel has also waited for those before it.
 __device__ inline void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

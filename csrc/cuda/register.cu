@@ -3,6 +3,7 @@
 
 #include "api/append_kv.h"
 #include "api/compact_kv.h"
+#include "api/decode_linear.h"
 #include "api/evict_pages.h"
 #include "api/fold_mass.h"
 #include "api/guardian_check.h"
@@ -29,6 +30,7 @@ STABLE_TORCH_LIBRARY_IMPL(lil, CUDA, m) {
   m.impl("represent_page", TORCH_BOX(&lil::represent_page<Backend>));
   m.impl("compact_kv", TORCH_BOX(&lil::compact_kv<Backend>));
   m.impl("key_redundancy", TORCH_BOX(&lil::key_redundancy<Backend>));
+  m.impl("decode_linear", TORCH_BOX(&lil::decode_linear<Backend>));
   m.impl("lz77_append", TORCH_BOX(&lil::lz77_append<Backend>));
   m.impl("guardian_check", TORCH_BOX(&lil::guardian_check<Backend>));
 }

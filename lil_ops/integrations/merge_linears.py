@@ -41,7 +41,7 @@ def merge(graph: Graph, nodes: list[Node]) -> None:
         merged = graph.call_function(F.linear, (x, weight, None if biases[0] is None else side_by_side(graph, biases)))
         begin = 0
         for node, part in zip(nodes, weights, strict=True):
-            width = part.meta["example_value"].shape[0]
+            width = outputs(part)
             node.replace_all_uses_with(graph.call_function(torch.narrow, (merged, -1, begin, width)))
             begin += width
 
@@ -49,6 +49,13 @@ def merge(graph: Graph, nodes: list[Node]) -> None:
 def side_by_side(graph: Graph, parameters: tuple[Node, ...]) -> Node:
     """Their concatenation. Some are read only behind this place, so all are read anew."""
     return graph.call_function(torch.cat, ([graph.node_copy(each) for each in parameters],))
+
+
+def outputs(weight: Node) -> int:
+    """Rows of a parameter, or of a concatenation of some."""
+    if weight.target is torch.cat:
+        return sum(map(outputs, weight.args[0]))
+    return weight.meta["example_value"].shape[0]
 
 
 def arguments(linear: Node) -> tuple[Node, Node, Node | None]:

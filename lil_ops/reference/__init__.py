@@ -7,6 +7,7 @@ here and return the new values.
 
 from lil_ops.reference.append_kv import append_kv
 from lil_ops.reference.compact_kv import compact_kv
+from lil_ops.reference.decode_linear import decode_linear
 from lil_ops.reference.evict_pages import evict_pages
 from lil_ops.reference.fold_mass import fold_mass
 from lil_ops.reference.guardian_check import guardian_check
@@ -23,6 +24,7 @@ __all__ = [
     "append_kv",
     "attention_mass",
     "compact_kv",
+    "decode_linear",
     "evict_pages",
     "fold_mass",
     "guardian_check",

@@ -53,7 +53,14 @@ struct Kernels {
   // Over batch x kv_heads x blocks of kRedundancyRows slots. What each row drops goes to `dropped` [batch, kv_heads,
   // slots]; `scratch` is the thread's own, kRedundancyScratch.
   void (*redundancy_rows)(const KeyRedundancyParams&, Dropped* dropped, float* scratch, int64_t begin, int64_t end);
+  // Of decode_linear: x as it is multiplied, in float32 [rows, in_features]; then, over blocks of kLinearOutputs
+  // outputs, the products.
+  void (*linear_input)(const DecodeLinearParams&, float* x);
+  void (*linear_outputs)(const DecodeLinearParams&, const float* x, int64_t begin, int64_t end);
 };
+
+// Outputs that one item of linear_outputs covers, a multiple of every Vec::N.
+constexpr int64_t kLinearOutputs = 16;
 
 // Pages that one item of score_pages covers.
 constexpr int64_t kScoreBlock = 64;

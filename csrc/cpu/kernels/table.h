@@ -14,5 +14,7 @@ void combine_chunks(const SparseDecodeParams&, const AttendItem*, const int64_t*
 void information_loss(const InformationLossParams&, float* scratch, int64_t begin, int64_t end);
 void represent_page(const RepresentPageParams&, int64_t begin, int64_t end);
 void redundancy_rows(const KeyRedundancyParams&, Dropped* dropped, float* scratch, int64_t begin, int64_t end);
+void linear_input(const DecodeLinearParams&, float* x);
+void linear_outputs(const DecodeLinearParams&, const float* x, int64_t begin, int64_t end);
 
 }  // namespace lil::cpu::LIL_ISA

@@ -1,0 +1,50 @@
+// Bulk copies to shared memory that report to a barrier there (Hopper and newer).
+#pragma once
+
+#include <cstdint>
+
+namespace lil::cuda {
+
+#if __CUDA_ARCH__ >= 900
+
+using Barrier = uint64_t;  // an mbarrier
+
+__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+__device__ inline void barrier_init(Barrier& barrier, int32_t arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
+}
+// Before a __syncthreads, so that copies find what barrier_init has written.
+__device__ inline void barriers_are_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ inline void barrier_arrive(Barrier& barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+// Arrives, and has the barrier wait for so many bytes.
+__device__ inline void barrier_expect(Barrier& barrier, int32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+               : "memory");
+}
+// Until the phase of this parity is over.
+__device__ inline void barrier_wait(Barrier& barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred over;\n"
+      "AGAIN: mbarrier.try_wait.parity.shared.b64 over, [%0], %1;\n"
+      "@!over bra AGAIN;\n"
+      "}" ::"r"(shared_address(&barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Addresses and bytes are multiples of 16.
+__device__ inline void bulk_copy(void* to, const void* from, int32_t bytes, Barrier& barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(&barrier))
+               : "memory");
+}
+
+#endif
+
+}  // namespace lil::cuda

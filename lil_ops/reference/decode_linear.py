@@ -1,0 +1,18 @@
+"""Definition of decode_linear."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+
+def decode_linear(x, weight, bias=None, *, norm=None, eps=1e-6, gated=False, residual=None):
+    """See `lil_ops.decode_linear`."""
+    y = x.double()
+    if norm is not None:
+        y = norm.double() * y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    y = F.linear(y, weight.double(), None if bias is None else bias.double())
+    if gated:
+        gate, up = y.chunk(2, -1)
+        y = F.silu(gate) * up
+    return y if residual is None else y + residual.double()

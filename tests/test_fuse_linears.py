@@ -1,0 +1,178 @@
+"""Which linear layers of a compiled step become decode_linear, and that the model still computes the same."""
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+from tiny_models import build
+from torch._inductor import config
+from torch.nn import functional as F
+
+import lil_ops  # noqa: F401  (the operators)
+from lil_ops import Engine, Request
+from lil_ops.integrations.fuse_linears import FuseLinears, has_kernel
+
+WIDTH = 32
+OPERATOR = torch.ops.lil.decode_linear.default
+
+
+class Norm(torch.nn.Module):
+    def __init__(self, eps=1e-5, shift=0.0):
+        super().__init__()
+        self.weight, self.eps, self.shift = torch.nn.Parameter(torch.rand(WIDTH) + 0.5), eps, shift
+
+    def forward(self, x):
+        wide = x.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        y = self.weight * wide.to(x.dtype)
+        return y + self.shift if self.shift else y
+
+
+def linear(width=WIDTH, outputs=WIDTH, bias=False):
+    return torch.nn.Linear(width, outputs, bias=bias)
+
+
+class Block(torch.nn.Module):
+    """A decode layer without its attention."""
+
+    def __init__(self, bias=True, act=F.silu, norm=Norm, hidden=48):
+        super().__init__()
+        self.norms = torch.nn.ModuleList([norm(), norm()])
+        self.q, self.k, self.o = linear(bias=bias), linear(outputs=16, bias=bias), linear()
+        self.gate, self.up, self.down = linear(outputs=hidden), linear(outputs=hidden), linear(hidden)
+        self.act = act
+
+    def forward(self, x):
+        y = self.norms[0](x)
+        x = x + self.o(self.q(y) * self.k(y).repeat(1, 1, 2))
+        y = self.norms[1](x)
+        return self.down(self.act(self.gate(y)) * self.up(y)) + x
+
+
+class Head(torch.nn.Module):
+    """The last hidden state's logits, as transformers slices it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = Norm(), linear(outputs=64)
+
+    def forward(self, x):
+        return self.head(self.norm(x)[:, slice(-1, None), :]).float()
+
+
+class Used(Block):
+    """Everything that might be taken along is used elsewhere too."""
+
+    def forward(self, x):
+        y = self.norms[0](x)
+        projected = self.o(y)
+        z = projected + x
+        gate, up = self.gate(z), self.up(z)
+        return self.down(self.act(gate) * up) + gate.sum() + projected + y
+
+
+class Broadcast(torch.nn.Module):
+    """Additions that are no residual: of another shape, of itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = linear(), linear()
+
+    def forward(self, x):
+        y = self.a(x) + x[:, :, :1]
+        z = self.b(y)
+        return z + z
+
+
+def fused(module, x, has_kernel=lambda x, norm: True):
+    """The options of each decode_linear, the linear layers left, and what the graph gives."""
+    found = []
+
+    def backend(graph_module, _):
+        FuseLinears(has_kernel)(graph_module.graph)
+        graph_module.graph.lint()
+        graph_module.recompile()
+        calls = graph_module.graph.find_nodes(op="call_function", target=OPERATOR)
+        left = graph_module.graph.find_nodes(op="call_function", target=F.linear)
+        names = [{name for name, value in call.kwargs.items() if value is not None} - {"eps"} for call in calls]
+        found.append((names, len(left)))
+        return graph_module.forward
+
+    torch._dynamo.reset()
+    with config.patch(freezing=True), torch.inference_mode():
+        given = torch.compile(module, backend=backend, fullgraph=True)(x)
+    (found,) = found
+    return *found, given
+
+
+def module_of(kind, **options):
+    torch.manual_seed(0)
+    return kind(**options).to(torch.bfloat16).eval()
+
+
+ALL = [{"norm"}, {"residual"}, {"norm", "gated"}, {"residual"}]
+
+
+@pytest.mark.parametrize(
+    "module, want, left",
+    [
+        (module_of(Block), ALL, 0),
+        (module_of(Block, bias=False), ALL, 0),
+        (module_of(Block, act=F.gelu), [{"norm"}, {"residual"}, {"norm"}, {"residual"}], 0),
+        (module_of(Block, norm=lambda: Norm(shift=1.0)), [set(), {"residual"}, {"gated"}, {"residual"}], 0),
+        (module_of(Block, norm=torch.nn.Identity), [set(), {"residual"}, {"gated"}, {"residual"}], 0),
+        (module_of(Block, hidden=40), [{"norm"}, {"residual"}, {"norm"}], 1),
+        (module_of(Head), [{"norm"}], 0),
+        (module_of(Used), [{"norm"}, set(), set()], 0),
+        (module_of(Broadcast), [set(), set()], 0),
+    ],
+)
+def test_what_is_taken_along(module, want, left):
+    x = torch.randn(3, 1, WIDTH, dtype=torch.bfloat16) * 3
+    names, others, given = fused(module, x)
+    assert (names, others) == (want, left)
+    with torch.inference_mode():
+        torch.testing.assert_close(given, module(x), rtol=0.03, atol=0.03)
+
+
+def test_only_a_few_rows():
+    for rows, want in ((1, 4), (16, 4), (17, 0), (64, 0)):
+        names, left, _ = fused(module_of(Block), torch.randn(rows, 1, WIDTH, dtype=torch.bfloat16))
+        assert len(names) == want and left == 4 - want
+
+
+def test_norms_stay():
+    """Where the kernel takes none."""
+    x = torch.randn(2, 1, WIDTH, dtype=torch.float16)
+    names, left, _ = fused(module_of(Block).half(), x, lambda x, norm: not norm)
+    assert (names, left) == ([set(), {"residual"}, {"gated"}, {"residual"}], 0)
+
+
+def test_without_a_kernel_layers_are_merged_alone():
+    x = torch.randn(2, 1, WIDTH, dtype=torch.bfloat16)
+    assert not has_kernel(x, False)
+    assert fused(module_of(Block), x, has_kernel)[:2] == ([], 4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_models(family, monkeypatch):
+    """An engine's compiled step of a model gives the tokens that it gives without; all layers are fused."""
+    model = build(family)
+    layers, counts, whole = model.config.num_hidden_layers, [], FuseLinears.__call__
+
+    def counted(self, graph):
+        self.has_kernel = lambda x, norm: True
+        whole(self, graph)
+        counts.append(len(graph.find_nodes(op="call_function", target=OPERATOR)))
+
+    def tokens(**options):
+        with Engine(model, slots=2, max_tokens=64, **options) as engine:
+            return [done.tokens for done in engine.run([Request(list(range(2, 9)), max_new_tokens=12)])]
+
+    want = tokens()
+    monkeypatch.setattr(FuseLinears, "__call__", counted)
+    torch._dynamo.reset()
+    given = tokens(compile=True)
+    assert counts == [4 * layers + (model.config.vocab_size % 16 == 0)]
+    assert given == want
