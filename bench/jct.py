@@ -140,6 +140,15 @@ def main() -> None:
         arguments.problems :
     ]
     check, rows = checker("math"), []
+    facts = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": arguments.commit or commit(),
+        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else cpu_name(),
+        "model": Path(arguments.model).name,
+        "versions": {"torch": torch.__version__, "transformers": hf.__version__},
+        "command": command_line(),
+        "rows": rows,
+    }
     for context in arguments.contexts:
         prompts = [prompt_of(tokenizer, problem, solved, context) for problem in problems]
         for way in arguments.ways:
@@ -167,17 +176,8 @@ def main() -> None:
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
             rows.append(row)
+            arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
             print(row, flush=True)
-    facts = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": arguments.commit or commit(),
-        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else cpu_name(),
-        "model": Path(arguments.model).name,
-        "versions": {"torch": torch.__version__, "transformers": hf.__version__},
-        "command": command_line(),
-        "rows": rows,
-    }
-    arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":
