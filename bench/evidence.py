@@ -80,14 +80,16 @@ def tiny(tokens: int, near: str, budgets: dict[str, str]) -> dict[str, Set]:
     return {"": Set(options, free(budgets)), "-ruled": Set(options, ruled)}
 
 
-def gsm8k(template: str) -> dict[str, Set]:
-    """A command for each run: they are long. Policies that hold everything are spread, for the sake of memory."""
+def gsm8k(template: str, near: tuple[str, str]) -> dict[str, Set]:
+    """A command for each run: they are long. Policies that hold everything are spread, for the sake of memory. near:
+    Quest's budgets under stop rules."""
     free = ["quest 64", "infllm 64", "sink 64", "h2o 64", "full", "raas 256", "quest 128", "h2o 128", "sink 128",
             "infllm 128", "raas 320", "h2o 256", "quest 256", "sink 256", "raas 384", "infllm 256"]  # fmt: skip
     ruled = [
-        *[Part("quest", budget, stop) for stop in (*ACTIONS.split(","), "loss:64:5:1") for budget in ("64", "128")],
+        *[Part("quest", budget, stop) for stop in (*ACTIONS.split(","), "loss:64:5:1") for budget in near],
         *[Part(policy, "128", ANSWER) for policy in ("h2o", "sink", "infllm")],
-        Part("full", stop=f"guardian:64:5,{ANSWER}"),
+        *[Part("full", stop=f"{stop},{stop}+answer") for stop in FIXED.split(",")],
+        Part("quest", near[1], f"{FIXED},guardian:250:20+answer"),
     ]
     options = [*GSM8K, "--template", template]
     return {"": Set(options, [Part(*run.split()) for run in free]), "-ruled": Set(options, ruled)}
@@ -98,8 +100,8 @@ SETS = {
     for name, both in {
         "tiny12": tiny(1500, "64,96,128", TINY12),
         "tiny20": tiny(2500, "64,96,128", TINY20),
-        "gsm8k": gsm8k(ONCE),
-        "gsm8k-check": gsm8k(CHECKED),
+        "gsm8k": gsm8k(ONCE, ("64", "128")),
+        "gsm8k-check": gsm8k(CHECKED, ("128", "256")),
     }.items()
     for end, found in both.items()
 }

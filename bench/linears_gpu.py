@@ -43,7 +43,7 @@ MODELS = {
         "head": (4096, 128256, {"norm"}),
     },
 }
-ROWS = (1, 8, 16)
+ROWS = (1, 8)
 BYTES = 1 << 30  # of all the layers' weights together
 
 

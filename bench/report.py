@@ -338,6 +338,7 @@ def report() -> None:
         "linears_cuda": linears_lines,
         "engine": engine_lines,
         "jct": jct_lines,
+        "jct_30k": jct_lines,
         "loss": loss_lines,
         "loss_qwen": loss_lines,
     }

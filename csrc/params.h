@@ -213,8 +213,8 @@ struct KeyRedundancyParams {
   }
 };
 
-// What a decode step has at most: its rows are one tile of eight or two on tensor cores.
-constexpr int64_t kMaxLinearRows = 16;
+// A decode step's rows: one tile of tensor cores.
+constexpr int64_t kMaxLinearRows = 8;
 
 struct DecodeLinearParams {
   DType dtype;

@@ -588,7 +588,7 @@ def decode_linear(
     is then this operator four times, and attention.
 
     Args: (all contiguous, of one dtype: fp32, fp16 or bf16; on CUDA bf16, or fp16 without ``norm``)
-        x: ``[..., in_features]``, at most 16 rows. weight: ``[out_features, in_features]``, both multiples of 16.
+        x: ``[..., in_features]``, at most 8 rows. weight: ``[out_features, in_features]``, both multiples of 16.
         bias: ``[out_features]``; not with ``gated``.
         norm: ``[in_features]``, weight of an RMS norm of x; None: x as it is. eps: of the norm, at least 0.
         gated: the weight is ``[2 * out_features, in_features]``, and its first half's outputs, through SiLU, are

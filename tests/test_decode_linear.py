@@ -72,7 +72,7 @@ def check(arguments):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("rows", [1, 5, 8, 9, 16])
+@pytest.mark.parametrize("rows", [1, 3, 8])
 def test_matches_reference(device, dtype, name, rows):
     skip_what_cuda_refuses(device, dtype, CASES[name].get("norm"))
     check(case(device, dtype, rows, 272, 96, **CASES[name]))
@@ -81,7 +81,7 @@ def test_matches_reference(device, dtype, name, rows):
 @settings(max_examples=60, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),
-    rows=st.integers(1, 16),
+    rows=st.integers(1, 8),
     inputs=st.integers(1, 150),
     outputs=st.integers(1, 40),
     bias=st.booleans(),
@@ -103,7 +103,7 @@ def test_any_shape(device, dtype, rows, inputs, outputs, bias, norm, gated, resi
 def test_shapes_of_models(device, name, shape):
     """More units than blocks, and fewer; rows of one stage, of many, and of a piece of one."""
     skip_what_cuda_refuses(device, torch.bfloat16)
-    for rows in (1, 8, 16):
+    for rows in (1, 8):
         check(case(device, torch.bfloat16, rows, *shape, **CASES[name]))
 
 
@@ -145,9 +145,9 @@ def test_leading_dimensions(device):
 def test_rows_do_not_meet(device):
     """A row's result does not depend on the others, nor on how many there are."""
     skip_what_cuda_refuses(device, torch.bfloat16)
-    arguments = case(device, torch.bfloat16, 16, 528, 96, norm=True, gated=True, residual=True)
+    arguments = case(device, torch.bfloat16, 8, 528, 96, norm=True, gated=True, residual=True)
     want = lil_ops.decode_linear(**arguments)
-    for rows in (1, 7, 8, 9):
+    for rows in (1, 4, 7):
         some = {name: arguments[name][:rows] for name in ("x", "residual")}
         assert torch.equal(lil_ops.decode_linear(**arguments | some), want[:rows])
     arguments["x"][3] = torch.nan
@@ -176,7 +176,7 @@ def test_no_rows(device):
 
 BAD = {
     "x: expected dtype float32, float16 or bfloat16, got Double": lambda a: a.update(x=a["x"].double()),
-    "x: expected at most 16 rows, got 17": lambda a: a.update(x=a["x"].new_zeros(17, 64)),
+    "x: expected at most 8 rows, got 9": lambda a: a.update(x=a["x"].new_zeros(9, 64)),
     "x: expected in_features a multiple of 16, got 72": lambda a: a.update(x=a["x"].new_zeros(2, 72)),
     "x: expected a contiguous tensor": lambda a: a.update(x=a["x"].new_zeros(64, 2).mT),
     "weight: expected shape \\[out_features, in_features\\] = \\[\\*, 64\\]": lambda a: a.update(

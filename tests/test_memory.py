@@ -191,7 +191,7 @@ def calls():
             mean, weight, k, table, lens, mass, pages, counts, recent=9, representatives=4
         ),
         "compact_kv": lambda: lil_ops.compact_kv(k, v, table, places, lens),
-        "decode_linear": lambda: lil_ops.decode_linear(linear, linear, norm=linear[0], residual=linear),
+        "decode_linear": lambda: lil_ops.decode_linear(linear[:8], linear, norm=linear[0], residual=linear[:8]),
         "key_redundancy": lambda: lil_ops.key_redundancy(k, table, lens),
     }
 

@@ -55,6 +55,13 @@ def test_batches_of_many_heads(device, batch, kv_heads, group, head_dim):
     check(cache, queries(device, batch, kv_heads * group, head_dim, torch.bfloat16))
 
 
+@pytest.mark.parametrize("batch, kv_heads", [(8, 2), (17, 1), (5, 3)])
+def test_many_heads_of_long_sequences(device, batch, kv_heads):
+    """More of them than a device runs clusters of eight blocks at once."""
+    cache = paged(device, [1000 + 170 * b for b in range(batch)], kv_heads=kv_heads, dtype=torch.bfloat16)
+    check(cache, queries(device, batch, kv_heads * 6, 64, torch.bfloat16))
+
+
 def test_the_table_may_be_wider_than_the_sequences(device):
     """Capacities choose another way of merging, and not another result."""
     cache = paged(device, [700, 33], kv_heads=2, head_dim=128, dtype=torch.bfloat16)

@@ -228,6 +228,13 @@ def test_many_pages(device, pages):
     check(step_arguments(cache, 4, torch.bfloat16), 512, sink=3)
 
 
+@pytest.mark.parametrize("batch, kv_heads", [(8, 2), (17, 1), (5, 3), (11, 3)])
+def test_many_heads_of_long_lists(device, batch, kv_heads):
+    """More of them than a device runs clusters of eight blocks at once."""
+    cache = paged(device, [1600 + 50 * b for b in range(batch)], kv_heads=kv_heads, dtype=torch.bfloat16)
+    check(step_arguments(cache, 6, torch.bfloat16), 1024)
+
+
 def test_a_budget_of_what_is_always_read(device):
     """Nothing is chosen by its score, and the loss is that of all the rest."""
     cache = paged(device, [305, 320])

@@ -19,8 +19,7 @@ constexpr int kRows = 16, kColumns = 512, kChunks = kColumns / 32 / kWarps;
 constexpr int kPitch = 2 * kColumns + 64;
 
 // Two blocks of consecutive kernels fit into a multiprocessor.
-template <int Tiles>
-constexpr int kStages = Tiles == 1 ? 6 : 5;
+constexpr int kStages = 6;
 
 #if __CUDA_ARCH__ >= 900
 
@@ -40,93 +39,79 @@ __device__ inline uint32_t times_norm(uint32_t x, uint32_t norm, float& squares)
   return pack<T>(low * to_float(b[0]), high * to_float(b[1]));
 }
 
-// The columns of one stage that this lane multiplies: of row n of each tile of eight rows of x.
-template <class T, int Tiles, bool Norm>
+// The columns of one stage that this lane multiplies, of row n of x.
+template <class T, bool Norm>
 struct Input {
-  uint4 x[kChunks][Tiles], norm[Norm ? kChunks : 1];
+  uint4 x[kChunks], norm[Norm ? kChunks : 1];
 
   __device__ void load(const DecodeLinearParams& p, int32_t column, int32_t n) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const int64_t k = column + 32 * i;
       const bool inside = k < p.in_features;
+      const T* const row = static_cast<const T*>(p.x) + n * p.in_features;
+      x[i] = inside && n < p.rows ? *reinterpret_cast<const uint4*>(row + k) : uint4{};
       if constexpr (Norm) {
         norm[i] = inside ? __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(p.norm) + k)) : uint4{};
-      }
-#pragma unroll
-      for (int tile = 0; tile < Tiles; ++tile) {
-        const int64_t row = tile * 8 + n;
-        const T* const from = static_cast<const T*>(p.x) + row * p.in_features + k;
-        x[i][tile] = inside && row < p.rows ? *reinterpret_cast<const uint4*>(from) : uint4{};
       }
     }
   }
 
-  __device__ void scale(float (&squares)[Tiles]) {
+  __device__ void scale(float& squares) {
     if constexpr (Norm) {
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
-#pragma unroll
-        for (int tile = 0; tile < Tiles; ++tile) {
-          uint4& v = x[i][tile];
-          v.x = times_norm<T>(v.x, norm[i].x, squares[tile]);
-          v.y = times_norm<T>(v.y, norm[i].y, squares[tile]);
-          v.z = times_norm<T>(v.z, norm[i].z, squares[tile]);
-          v.w = times_norm<T>(v.w, norm[i].w, squares[tile]);
-        }
+        x[i].x = times_norm<T>(x[i].x, norm[i].x, squares);
+        x[i].y = times_norm<T>(x[i].y, norm[i].y, squares);
+        x[i].z = times_norm<T>(x[i].z, norm[i].z, squares);
+        x[i].w = times_norm<T>(x[i].w, norm[i].w, squares);
       }
     }
   }
 };
 
 // Of one unit, [row of the weight / 8][row of x][row of the weight % 8].
-template <int Tiles>
-using Sums = float[2 * Tiles * 64];
+using Sums = float[128];
 
-template <class T, int Tiles, bool Norm>
-__device__ inline void write(const DecodeLinearParams& p, int32_t unit, const Sums<Tiles>* sums,
-                             const float (*squares)[8 * Tiles]) {
+template <class T, bool Norm>
+__device__ inline void write(const DecodeLinearParams& p, int32_t unit, const Sums* sums, const float (*squares)[8]) {
   const auto total = [&](int32_t i) {
     float sum = 0;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp][i];
     return sum;
   };
-  const int32_t halves = p.gated ? 1 : 2;
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < halves * Tiles * 64; i += kMultiplying) {
-    const int32_t row = i % (Tiles * 64) / 8, output = (unit * halves + i / (Tiles * 64)) * 8 + i % 8;
-    if (row >= p.rows) continue;
-    float scale = 1;
-    if constexpr (Norm) {
-      float sum = 0;
+  const int32_t i = threadIdx.x, halves = p.gated ? 1 : 2, row = i % 64 / 8;
+  if (i >= halves * 64 || row >= p.rows) return;
+  const int32_t output = (unit * halves + i / 64) * 8 + i % 8;
+  float scale = 1;
+  if constexpr (Norm) {
+    float sum = 0;
 #pragma unroll
-      for (int warp = 0; warp < kWarps; ++warp) sum += squares[warp][row];
-      scale = rsqrtf(sum / static_cast<float>(p.in_features) + p.eps);
-    }
-    float y = total(i) * scale;
-    if (p.gated) y = silu(y) * total(Tiles * 64 + i) * scale;
-    const int64_t at = row * p.out_features + output;
-    if (p.bias) y += to_float(static_cast<const T*>(p.bias)[output]);
-    if (p.residual) y += to_float(static_cast<const T*>(p.residual)[at]);
-    static_cast<T*>(p.out)[at] = from_float<T>(y);
+    for (int warp = 0; warp < kWarps; ++warp) sum += squares[warp][row];
+    scale = rsqrtf(sum / static_cast<float>(p.in_features) + p.eps);
   }
+  float y = total(i) * scale;
+  if (p.gated) y = silu(y) * total(64 + i) * scale;
+  const int64_t at = row * p.out_features + output;
+  if (p.bias) y += to_float(static_cast<const T*>(p.bias)[output]);
+  if (p.residual) y += to_float(static_cast<const T*>(p.residual)[at]);
+  static_cast<T*>(p.out)[at] = from_float<T>(y);
 }
 
 #endif
 
-template <class T, int Tiles, bool Norm>
+template <class T, bool Norm>
 __global__ void __launch_bounds__(kThreads) decode_linear_kernel(const __grid_constant__ DecodeLinearParams p) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kSlots = kStages<Tiles>;
-  extern __shared__ __align__(16) unsigned char ring[];  // [kSlots][kRows][kPitch]
-  __shared__ Sums<Tiles> sums[2][kWarps];
-  __shared__ float squares[kWarps][8 * Tiles];
-  __shared__ Barrier full[kSlots], empty[kSlots];
+  extern __shared__ __align__(16) unsigned char ring[];  // [kStages][kRows][kPitch]
+  __shared__ Sums sums[2][kWarps];
+  __shared__ float squares[kWarps][8];
+  __shared__ Barrier full[kStages], empty[kStages];
   // Its blocks read weights meanwhile, and wait for all of this kernel before they read more.
   let_next_start();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kSlots; ++i) {
+    for (int i = 0; i < kStages; ++i) {
       barrier_init(full[i], 1);
       barrier_init(empty[i], kWarps);
     }
@@ -139,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) decode_linear_kernel(const __grid_co
   int32_t slot = 0;
   uint32_t parity = 0;
   const auto next = [&] {
-    if (++slot == kSlots) {
+    if (++slot == kStages) {
       slot = 0;
       parity ^= 1;
     }
@@ -163,13 +148,13 @@ __global__ void __launch_bounds__(kThreads) decode_linear_kernel(const __grid_co
   }
   const int32_t n = lane / 4, c = lane % 4, first = warp * kChunks * 32 + 8 * c;
   wait_for_previous();
-  Input<T, Tiles, Norm> input;
+  Input<T, Norm> input;
   input.load(p, first, n);
   int32_t side = 0;
   for (int32_t unit = blockIdx.x; unit < units; unit += gridDim.x, side ^= 1) {
-    float acc[Tiles][4] = {}, square[Tiles] = {};
+    float acc[4] = {}, square = 0;
     for (int32_t stage = 0; stage < stages; ++stage) {
-      Input<T, Tiles, Norm> present = input;
+      Input<T, Norm> present = input;
       present.scale(square);
       input.load(p, first + (stage + 1 < stages ? stage + 1 : 0) * kColumns, n);  // while the weights come
       barrier_wait(full[slot], parity);
@@ -181,8 +166,7 @@ __global__ void __launch_bounds__(kThreads) decode_linear_kernel(const __grid_co
           low = *reinterpret_cast<const uint4*>(at);
           high = *reinterpret_cast<const uint4*>(at + 8 * kPitch);
         }
-#pragma unroll
-        for (int tile = 0; tile < Tiles; ++tile) mma_chunk<T>(acc[tile], low, high, present.x[i][tile]);
+        mma_chunk<T>(acc, low, high, present.x[i]);
       }
       __syncwarp();
       if (lane == 0) barrier_arrive(empty[slot]);
@@ -190,29 +174,23 @@ __global__ void __launch_bounds__(kThreads) decode_linear_kernel(const __grid_co
     }
     float* const mine = sums[side][warp];
 #pragma unroll
-    for (int tile = 0; tile < Tiles; ++tile) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) mine[(i / 2 * Tiles + tile) * 64 + (2 * c + i % 2) * 8 + n] = acc[tile][i];
-      if constexpr (Norm) {
-        // Of the same x for every unit: written once.
-        if (unit == blockIdx.x) {
-          square[tile] += __shfl_xor_sync(~0u, square[tile], 1);
-          square[tile] += __shfl_xor_sync(~0u, square[tile], 2);
-          if (c == 0) squares[warp][tile * 8 + n] = square[tile];
-        }
-      }
+    for (int i = 0; i < 4; ++i) mine[i / 2 * 64 + (2 * c + i % 2) * 8 + n] = acc[i];
+    if (Norm && unit == blockIdx.x) {  // of the same x for every unit
+      square += __shfl_xor_sync(~0u, square, 1);
+      square += __shfl_xor_sync(~0u, square, 2);
+      if (c == 0) squares[warp][n] = square;
     }
     // The multiplying warps alone. The other side's sums have been read by all who come here.
     asm volatile("bar.sync 1, %0;" ::"n"(kMultiplying) : "memory");
-    write<T, Tiles, Norm>(p, unit, sums[side], squares);
+    write<T, Norm>(p, unit, sums[side], squares);
   }
 #endif
 }
 
-template <class T, int Tiles, bool Norm>
+template <class T, bool Norm>
 void start(const DecodeLinearParams& p, const Launch& launch) {
-  constexpr size_t bytes = static_cast<size_t>(kStages<Tiles>) * kRows * kPitch;
-  constexpr auto kernel = decode_linear_kernel<T, Tiles, Norm>;
+  constexpr size_t bytes = static_cast<size_t>(kStages) * kRows * kPitch;
+  constexpr auto kernel = decode_linear_kernel<T, Norm>;
   allow_shared<kernel>(bytes);
   const int64_t units = p.out_features / (p.gated ? 8 : kRows), sms = current_device().sms;
   launch(kernel, dim3(static_cast<unsigned>(units < sms ? units : sms)), kThreads, bytes, 1, p);
@@ -228,13 +206,8 @@ void decode_linear(const DecodeLinearParams& p, const Tensor& on) {
   LIL_CHECK(p.dtype != DType::kFloat32, op, "x", "on CUDA, dtype float16 or bfloat16", "Float");
   // x * norm, not yet divided by the root of its mean square, may be more than float16 holds.
   LIL_CHECK(!p.norm || p.dtype == DType::kBFloat16, op, "norm", "on CUDA, None or dtype bfloat16", "Half");
-  if (p.dtype == DType::kFloat16) {
-    p.rows <= 8 ? start<__half, 1, false>(p, launch) : start<__half, 2, false>(p, launch);
-  } else if (p.norm) {
-    p.rows <= 8 ? start<__nv_bfloat16, 1, true>(p, launch) : start<__nv_bfloat16, 2, true>(p, launch);
-  } else {
-    p.rows <= 8 ? start<__nv_bfloat16, 1, false>(p, launch) : start<__nv_bfloat16, 2, false>(p, launch);
-  }
+  if (p.dtype == DType::kFloat16) return start<__half, false>(p, launch);
+  p.norm ? start<__nv_bfloat16, true>(p, launch) : start<__nv_bfloat16, false>(p, launch);
 }
 
 }  // namespace lil::cuda

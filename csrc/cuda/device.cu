@@ -18,6 +18,20 @@ void read(int index, Device& device) {
   device.index = index;
   device.major = std::min(major, code.ptxVersion / 10);
   device.max_shared = shared;
+  if (device.major < 9) return;
+  check_cuda(cudaFuncSetAttribute(probe, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  for (int blocks = 1; blocks <= kMaxCluster; ++blocks) {
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(32);
+    config.dynamicSmemBytes = shared;  // no second block beside it
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    check_cuda(cudaOccupancyMaxActiveClusters(&device.clusters[blocks], probe, &config));
+  }
 }
 
 }  // namespace

@@ -22,11 +22,14 @@ inline void check_cuda(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("lil_ops: CUDA: ") + cudaGetErrorString(error));
 }
 
+constexpr int kMaxCluster = 8;  // blocks that one cluster holds on every device that has clusters
+
 // What the launchers ask of a device, read once.
 // major: of the code that runs there, which may be older than the device (PTX of an earlier architecture).
 struct Device {
   int index, sms, major;
-  size_t max_shared;  // bytes of shared memory a block can have
+  size_t max_shared;              // bytes of shared memory a block can have
+  int clusters[kMaxCluster + 1];  // of so many blocks that run at once, a block on a multiprocessor: fewer than fill it
 };
 constexpr int kMaxDevices = 64;
 const Device& current_device();

@@ -1,8 +1,8 @@
 // sparse_decode. The list of pages one (sequence, KV head) reads is cut into tiles of 16 tokens and the tiles into
 // splits, one block each; warps take tiles in turn with an online softmax of their own. Warps merge in shared memory,
 // then the blocks of a head, which are one cluster, through each other's shared memory: no second kernel, no
-// workspace, no counter. Where a list takes more splits than a cluster has blocks, or the device has no clusters, a
-// second kernel merges what the blocks left in a scratch tensor.
+// workspace, no counter. Where a list takes more splits than a cluster has blocks, there are more heads than clusters
+// run at once, or the device has no clusters, a second kernel merges what the blocks left in a scratch tensor.
 //
 // How tiles fall to splits and warps depends on the number of tiles, never on capacities: so a list of all pages gives
 // the bits that reading everything gives, and a captured graph stays right while lengths grow.
@@ -23,7 +23,6 @@ constexpr int kTile = 16;  // tokens a warp takes at a time
 constexpr int kMaxHeadDim = 256;
 constexpr int kTileHeads = 8;   // query heads of one product
 constexpr int kSplitTiles = 8;  // a split of a short list
-constexpr int kMaxCluster = 8;  // splits that one cluster holds on every device that has clusters
 constexpr int kLongTiles = 32;  // a split of a list so long that it takes more
 
 // Where the two halves of a tile lie, 8 tokens each (a page has at least 8), and which of the 16 take part.
@@ -560,7 +559,10 @@ void launch_sparse_decode(const SparseDecodeParams& p, const Selecting& selectin
   const int64_t tiles = (pages * p.cache.page_size + kTile - 1) / kTile;
   const int32_t splits = plan.splits(static_cast<int32_t>(std::min<int64_t>(tiles, INT32_MAX)));
 
-  const bool cluster = splits > 1 && splits <= kMaxCluster && current_device().major >= 9;
+  // Clusters that have to wait for others to end would take as long again.
+  const int blocks_per_sm = places > sms ? 2 : 1;
+  const bool fits = splits <= kMaxCluster && rows <= blocks_per_sm * current_device().clusters[splits];
+  const bool cluster = splits > 1 && current_device().major >= 9 && fits;
   const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim);
   plan.parts_words = static_cast<int32_t>(std::max<size_t>(Partials::size(plan.warps, Engine::kHeads, head_dim),
                                                            select.scores ? select_key_words(select) : 0));

@@ -14,7 +14,7 @@ import lil_ops  # noqa: F401  (the operator)
 from lil_ops.integrations import merge_linears
 from lil_ops.integrations.merge_linears import MergeLinears, arguments, outputs
 
-MAX_ROWS = 16
+MAX_ROWS = 8
 
 
 def has_kernel(x: torch.Tensor, norm: bool) -> bool:
@@ -87,10 +87,14 @@ def value_of(node: Node) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def parts(weight: Node) -> list[Node]:
+    """What the weight is a concatenation of; itself where it is none."""
+    return weight.args[0] if weight.target is torch.cat else [weight]
+
+
 def frozen(weight: Node) -> bool:
     """A parameter, or a concatenation of some."""
-    parts = weight.args[0] if weight.target is torch.cat else [weight]
-    return all(part.op == "get_attr" for part in parts)
+    return all(part.op == "get_attr" for part in parts(weight))
 
 
 def whole(node: Node) -> Node:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from operator import attrgetter
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -55,7 +56,7 @@ def outputs(weight: Node) -> int:
     """Rows of a parameter, or of a concatenation of some."""
     if weight.target is torch.cat:
         return sum(map(outputs, weight.args[0]))
-    return weight.meta["example_value"].shape[0]
+    return attrgetter(weight.target)(weight.graph.owning_module).shape[0]
 
 
 def arguments(linear: Node) -> tuple[Node, Node, Node | None]:
