@@ -18,9 +18,9 @@ OPERATOR = torch.ops.lil.decode_linear.default
 
 
 class Norm(torch.nn.Module):
-    def __init__(self, eps=1e-5, shift=0.0):
+    def __init__(self, eps=1e-5, shift=0.0, shape=(WIDTH,)):
         super().__init__()
-        self.weight, self.eps, self.shift = torch.nn.Parameter(torch.rand(WIDTH) + 0.5), eps, shift
+        self.weight, self.eps, self.shift = torch.nn.Parameter(torch.rand(shape) + 0.5), eps, shift
 
     def forward(self, x):
         wide = x.to(torch.float32)
@@ -121,6 +121,7 @@ ALL = [{"norm"}, {"residual"}, {"norm", "gated"}, {"residual"}]
         (module_of(Block, bias=False), ALL, 0),
         (module_of(Block, act=F.gelu), [{"norm"}, {"residual"}, {"norm"}, {"residual"}], 0),
         (module_of(Block, norm=lambda: Norm(shift=1.0)), [set(), {"residual"}, {"gated"}, {"residual"}], 0),
+        (module_of(Block, norm=lambda: Norm(shape=(1, WIDTH))), [set(), {"residual"}, {"gated"}, {"residual"}], 0),
         (module_of(Block, norm=torch.nn.Identity), [set(), {"residual"}, {"gated"}, {"residual"}], 0),
         (module_of(Block, hidden=40), [{"norm"}, {"residual"}, {"norm"}], 1),
         (module_of(Head), [{"norm"}], 0),

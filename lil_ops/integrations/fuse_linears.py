@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import lil_ops  # noqa: F401  (the operator)
 from lil_ops.integrations import merge_linears
-from lil_ops.integrations.merge_linears import MergeLinears, arguments, outputs
+from lil_ops.integrations.merge_linears import MergeLinears, arguments, outputs, parameter
 
-MAX_ROWS = 8
+MAX_ROWS = 8  # of decode_linear
 
 
 def has_kernel(x: torch.Tensor, norm: bool) -> bool:
@@ -131,6 +131,7 @@ def rms_norm(node: Node) -> tuple[Node, Node, float] | None:
     ok = ok and squares.target == "pow" and squares.args == (wide, 2)
     value = value_of(x)
     ok = ok and value is not None and value.dtype == dtype and value.is_contiguous()
+    ok = ok and parameter(weight).shape == value.shape[-1:]
     return (x, weight, eps) if ok else None
 
 

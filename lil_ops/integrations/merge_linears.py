@@ -56,7 +56,11 @@ def outputs(weight: Node) -> int:
     """Rows of a parameter, or of a concatenation of some."""
     if weight.target is torch.cat:
         return sum(map(outputs, weight.args[0]))
-    return attrgetter(weight.target)(weight.graph.owning_module).shape[0]
+    return parameter(weight).shape[0]
+
+
+def parameter(node: Node) -> torch.Tensor:
+    return attrgetter(node.target)(node.graph.owning_module)
 
 
 def arguments(linear: Node) -> tuple[Node, Node, Node | None]:
