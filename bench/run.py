@@ -2,7 +2,8 @@
 """Run the CPU benchmarks and keep the result: bench/run.py [PYTEST ARGUMENTS ...]
 
 Writes bench/results/cpu.json (medians, machine, versions, date, commit) and, from it, docs/performance.md (report.py).
-With ARGUMENTS, such as -k long_decode, the cases that they leave replace those of the file, which says so.
+With ARGUMENTS, such as -k long_decode, the cases that they leave replace those of the file, which says so, if this is
+the machine that the file is of.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ RESULT = BENCH / "results" / "cpu.json"
 
 
 def run(arguments: list[str]) -> None:
+    result = stamp("make bench", threads=2) | {"again": {}}
+    if arguments and RESULT.exists():
+        machine, result = result["machine"], json.loads(RESULT.read_text())
+        if result["machine"] != machine:
+            raise SystemExit(f"{RESULT}: of {result['machine']}, and this is {machine}: run all the cases")
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "raw.json"
         command = [sys.executable, "-m", "pytest", str(BENCH), "-q", "-o", "python_files=bench_*.py"]
@@ -40,11 +46,9 @@ def run(arguments: list[str]) -> None:
             row["share_of_read"] = round(rate / bandwidth, 3)
         cases.setdefault(info.pop("case"), []).append(row | info)
     RESULT.parent.mkdir(exist_ok=True)
-    result = stamp("make bench", threads=2) | {"again": {}, "cases": cases}
-    if arguments and RESULT.exists():
-        result = json.loads(RESULT.read_text())
-        result["cases"] |= cases
+    if arguments:
         result["again"] |= dict.fromkeys(cases, commit())
+    result["cases"] = result.get("cases", {}) | cases
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
