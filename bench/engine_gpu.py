@@ -41,14 +41,13 @@ SHAPES = {
     "llama-8b": (hf.LlamaConfig, dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=40000)),
 }  # fmt: skip
-# Batch, context, how: "engine" (graph), with the model compiled, with inductor's tuning too, without a graph;
+# Batch, context, how: "engine" (graph), with the model compiled, without a graph;
 # "generate" of transformers, with its growing cache, and with its static one and the model compiled.
-TUNED = {"options": {"coordinate_descent_tuning": True}}  # also makes products of one row reductions
 CASES = {
     "qwen-1.5b": [
-        (1, LONG, "compiled"), (1, LONG, "tuned"), (1, LONG, "engine"), (1, LONG, "no graph"),
+        (1, LONG, "compiled"), (1, LONG, "engine"), (1, LONG, "no graph"),
         (1, LONG, "generate"), (1, LONG, "static"),
-        (8, LONG, "compiled"), (8, LONG, "tuned"), (8, LONG, "engine"),
+        (8, LONG, "compiled"), (8, LONG, "engine"),
         (8, LONG, "generate"), (8, LONG, "static"),
         (64, SHORT, "compiled"),
     ],
@@ -92,7 +91,7 @@ def engine(model: torch.nn.Module, batch: int, context: int, how: str, table: bo
         "eos_token_id": [],
         "lag": 2 * tokens,
     }
-    options |= {"graph": how != "no graph", "compile": {"compiled": True, "tuned": TUNED}.get(how, False)}
+    options |= {"graph": how != "no graph", "compile": how == "compiled"}
     with Engine(model, slots=batch, max_tokens=context + tokens, **options) as served:
         for row, prompt in enumerate(prompts(batch, context)):
             served.add(Request(prompt, max_new_tokens=tokens, seed=row))

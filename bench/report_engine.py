@@ -8,7 +8,7 @@ LINEARS = """## Linear layers of a decode step on CUDA
 {device}, {read_gb_s} GB/s read; torch {torch}; {date}, commit {commit}; `{command}`. bf16, microseconds; each layer
 with what `decode_linear` takes along: the norm before qkv, gate and up, and the head; the gate; the addition behind
 output and down. *torch*: the same by torch.compile. *cuBLAS*: the product alone. Floor: the weight over the bandwidth.
-Bold: slower than torch. It took 16 rows at this commit, and takes 8 since.
+Bold: slower than torch. Rows of more than 8 are of an earlier commit, which took them.
 
 | model, layer, rows | lil | floor | share | torch | torch / lil | cuBLAS |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |"""
@@ -16,8 +16,7 @@ ENGINE = """## The engine on CUDA
 
 {device}, {read_gb_s} GB/s read; torch {torch}, transformers {transformers}; {date}, commit {commit}; `{command}`.
 Random bf16 weights, Quest with a budget of {budget} (two layers dense) and a Guardian that never stops. Microseconds a
-step. *Engine*: one CUDA graph; *compiled*: with the model's part compiled; *tuned*: that with inductor's
-coordinate-descent tuning; *no graph*: launched from the host.
+step. *Engine*: one CUDA graph; *compiled*: with the model's part compiled; *no graph*: launched from the host.
 *Floor*: the bytes that must be read, over the bandwidth. *Kernels*: how long at least one of them runs (they begin
 before the one ahead has ended), and how many. *Stop*: `lz77_append` and `guardian_check`. *Gap*: the longest time in
 which no kernel runs. transformers: `generate` with sdpa, dense; *static*: static cache, compiled."""
