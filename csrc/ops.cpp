@@ -68,7 +68,7 @@ STABLE_TORCH_LIBRARY(lil, m) {
   // A linear layer of a decode step, with the norm before it and the gate or the addition behind it.
   m.def(
       "decode_linear(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor? norm=None, float eps=1e-06, "
-      "bool gated=False, Tensor? residual=None) -> Tensor");
+      "bool gated=False, Tensor? residual=None, Tensor? cos=None, Tensor? sin=None, int rotated=0) -> Tensor");
   // Feeds new tokens to each sequence's LZ77 parse; returns its size in phrases and in bits.
   m.def(
       "lz77_append(Tensor(a!) state, Tensor tokens, Tensor? counts, int vocab_size) -> (Tensor phrases, Tensor bits)");

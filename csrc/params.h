@@ -218,13 +218,15 @@ constexpr int64_t kMaxLinearRows = 8;
 
 struct DecodeLinearParams {
   DType dtype;
-  const void* x;         // [rows, in_features]
-  const void* weight;    // [out_features, in_features]; gated: [2 * out_features, in_features], the gate's rows first
-  const void* bias;      // [out_features], or null
-  const void* norm;      // [in_features], or null
-  const void* residual;  // [rows, out_features], or null
-  void* out;             // [rows, out_features]
+  const void* x;          // [rows, in_features]
+  const void* weight;     // [out_features, in_features]; gated: [2 * out_features, in_features], the gate's rows first
+  const void* bias;       // [out_features], or null
+  const void* norm;       // [in_features], or null
+  const void* residual;   // [rows, out_features], or null
+  const void *cos, *sin;  // [rows, head_dim], or null
+  void* out;              // [rows, out_features]
   int64_t rows, in_features, out_features;
+  int64_t rotated, head_dim;  // the first outputs are heads that are rotated, a multiple of 32 wide; 0, 1: none
   bool gated;
   float eps;
 };

@@ -46,9 +46,8 @@ class DeviceSteps:
     def advance(self, running: torch.Tensor) -> None:
         """One token more in each row of ``running`` ``[batch]`` bool; tensor operations only."""
         self._lens += running
-        torch.mul(self._lens, running, out=self.positions)
+        self.positions.copy_(self._lens * running)
         for room, step in self._steps.items():
-            step.forget()
             if room == ALL:
                 continue
             held = self._held[room]
@@ -57,7 +56,12 @@ class DeviceSteps:
                 left = room.total - 1 if room.kept is None else min(room.total - 1, room.kept)
                 held.masked_fill_(running & (held == room.total), left)
             held += running
-            torch.mul(held, running, out=step.seq_lens)
+            step.seq_lens.copy_(held * running)
+
+    def forget(self) -> None:
+        """What was made of the steps' tensors is to be made anew."""
+        for step in self._steps.values():
+            step.forget()
 
     def _zeros(self) -> torch.Tensor:
         return torch.zeros(self._cache.batch, dtype=torch.int32, device=self._cache.device)

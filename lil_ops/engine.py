@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -64,7 +64,8 @@ class Engine(ModelLoop):
         policy, guardian, action, temperature, top_k, top_p, page_size: as in `generate`; the same for all sequences.
         num_pages: size of the cache's pools; a sequence takes the pages of its whole length when it comes.
         compile: torch.compile the model's part of a step, in one graph and with its weights frozen: layers that share
-            an input become one product, for which their weights are copied. A dict has arguments for `torch.compile`.
+            an input become one product, for which their weights are copied. On CUDA also what a step does beside the
+            model. A dict has arguments for `torch.compile`.
             A compiled model rounds differently: tokens may differ from those of `generate`.
         graph: capture the step in a CUDA graph; None: where that is possible, and a warning says why where it is not.
         lag: steps that the host may be behind the device.
@@ -123,8 +124,12 @@ class Engine(ModelLoop):
         self._lag, self._graph_wanted = lag, graph
         self._compiled = None
         if compile:
-            self._compiled = compiled(model, **(compile if isinstance(compile, dict) else {}))
+            options = compile if isinstance(compile, dict) else {}
+            self._compiled = compiled(model, **options)
             self._step_cache = StepCache(self.cache.shape.num_layers)
+        self._prepared, self._taken, self._measured, self._closed = self._bookkeeping()
+        if compile and model.device.type == "cuda":
+            self.compile_bookkeeping(**options)
 
         def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(slots, *shape, dtype=dtype, device=self._device)
@@ -256,6 +261,15 @@ class Engine(ModelLoop):
             self.step()
             yield from self.completed()
 
+    def compile_bookkeeping(self, **options) -> None:
+        """torch.compile what a step does beside the model and the stop rule: some fifty small operations, which on a
+        GPU are a kernel each. ``compile`` does so on CUDA. options: of `torch.compile`. Before the first step."""
+        parts = (compiled(part, **options) for part in self._bookkeeping())
+        self._prepared, self._taken, self._measured, self._closed = parts
+
+    def _bookkeeping(self) -> tuple[Callable, ...]:
+        return self._prepare, self._take, self._measure, self._close
+
     def synchronize(self) -> None:
         """Wait until the device has done all that it was sent."""
         if self._device.type == "cuda":
@@ -263,34 +277,29 @@ class Engine(ModelLoop):
 
     def _device_step(self, raised: bool) -> None:
         """One step of all slots: tensor operations only, on tensors that never move."""
-        running = self._stop == StopReason.RUNNING
-        self._steps.advance(running)
-        positions = (self._steps.positions - 1).clamp(min=0).long()[:, None]
+        self._steps.forget()
+        running, positions, draws = self._prepared()
         self.cache.raised = self._num_tokens < self._raised_until if raised else None
         with self.cache.on_device_steps():
             if self._compiled is None:
                 logits = self._forward(self._tokens, positions)
             else:
                 logits = self._logits(self._compiled, self._step_cache, self._tokens, positions)
+        self._settle(sample(logits, draws, **self._sampling), running)
+
+    def _prepare(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Who runs in the next step, at which positions, and the numbers for what is drawn."""
+        running = self._stop == StopReason.RUNNING.value
+        self._steps.advance(running)
+        positions = (self._steps.positions - 1).clamp(min=0).long()[:, None]
         draws = self._uniforms.gather(1, self._num_tokens.long()[:, None].clamp(max=self._uniforms.shape[1] - 1))
-        self._settle(sample(logits, draws[:, 0], **self._sampling), running)
+        return running, positions, draws[:, 0]
 
     def _settle(self, chosen: torch.Tensor, active: torch.Tensor) -> None:
         """Take the token of each active slot, and decide who stops. Both ``[slots]``."""
-        at = self._forced_at.clamp(max=ANSWER_TOKENS - 1).long()[:, None]
-        forced = active & (self._forced_at < self._forced_len)
-        chosen = torch.where(forced, self._forced.gather(1, at)[:, 0], chosen)
-        self._forced_at += forced
-        torch.where(active[:, None], chosen[:, None], self._tokens, out=self._tokens)
-        place = self._num_tokens.long()[:, None].clamp(max=self._output.shape[1] - 1)
-        self._output.scatter_(1, place, torch.where(active[:, None], self._tokens, self._output.gather(1, place)))
-        self._num_tokens += active
-        phrases, bits = self._tracker.append(self._tokens, active.int())
-        self._phrases.copy_(phrases)
-        self._bits.copy_(bits)
-        # In this order: end of sequence, the rule, the length. A slot that has stopped keeps its reason.
-        ended = (self._tokens == self._eos).any(1) & active & ~forced
-        self._stop.masked_fill_(ended, StopReason.EOS)
+        counts, ended = self._taken(chosen, active)
+        phrases, bits = self._tracker.append(self._tokens, counts)
+        self._measured(phrases, bits, ended)
         if self._watch:
             self._watch.check(
                 Progress(
@@ -303,9 +312,32 @@ class Engine(ModelLoop):
                     self._stop,
                 )
             )
-            self._stop.masked_fill_(self._answering & (self._stop == StopReason.GUARDIAN), StopReason.RUNNING)
-        full = active & (self._stop == StopReason.RUNNING) & (self._num_tokens >= self._limit)
-        self._stop.masked_fill_(full, StopReason.LENGTH)
+        self._closed(active)
+
+    # In this order: end of sequence, the rule, the length. A slot that has stopped keeps its reason.
+
+    def _take(self, chosen: torch.Tensor, active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens into the output; how many each slot has taken, and who has ended by itself."""
+        at = self._forced_at.clamp(max=ANSWER_TOKENS - 1).long()[:, None]
+        forced = active & (self._forced_at < self._forced_len)
+        chosen = torch.where(forced, self._forced.gather(1, at)[:, 0], chosen)
+        self._forced_at += forced
+        self._tokens.copy_(torch.where(active[:, None], chosen[:, None], self._tokens))
+        place = self._num_tokens.long()[:, None].clamp(max=self._output.shape[1] - 1)
+        self._output.scatter_(1, place, torch.where(active[:, None], self._tokens, self._output.gather(1, place)))
+        self._num_tokens += active
+        return active.int(), (self._tokens == self._eos).any(1) & active & ~forced
+
+    def _measure(self, phrases: torch.Tensor, bits: torch.Tensor, ended: torch.Tensor) -> None:
+        self._phrases.copy_(phrases)
+        self._bits.copy_(bits)
+        self._stop.masked_fill_(ended, StopReason.EOS.value)
+
+    def _close(self, active: torch.Tensor) -> None:
+        running, guardian = StopReason.RUNNING.value, StopReason.GUARDIAN.value
+        self._stop.masked_fill_(self._answering & (self._stop == guardian), running)
+        full = active & (self._stop == running) & (self._num_tokens >= self._limit)
+        self._stop.masked_fill_(full, StopReason.LENGTH.value)
 
     def _report(self) -> None:
         """Send codes, counts and sizes to the host, behind what the device has to do."""

@@ -581,11 +581,14 @@ def decode_linear(
     eps: float = 1e-6,
     gated: bool = False,
     residual: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    rotated: int = 0,
 ) -> torch.Tensor:
     """A linear layer of a decode step: few rows, so that reading the weight is all there is to do.
 
-    The RMS norm before it, the gate of a gated MLP behind it and the residual addition may come with it: a decode layer
-    is then this operator four times, and attention.
+    The RMS norm before it, the rotary embedding of queries and keys, the gate of a gated MLP and the residual addition
+    behind it may come with it: a decode layer is then this operator four times, and attention.
 
     Args: (all contiguous, of one dtype: fp32, fp16 or bf16; on CUDA bf16, or fp16 without ``norm``)
         x: ``[..., in_features]``, at most 8 rows. weight: ``[out_features, in_features]``, both multiples of 16.
@@ -594,6 +597,9 @@ def decode_linear(
         gated: the weight is ``[2 * out_features, in_features]``, and its first half's outputs, through SiLU, are
             factors on the second half's.
         residual: ``[..., out_features]``, added at the end.
+        cos, sin: ``[..., head_dim]``, head_dim a multiple of 32, of the rotary embedding at each row's position; both
+            or neither, not with ``gated``. rotated: the first outputs, whole heads, that are rotated, first half
+            against second half (as in Llama; not interleaved).
 
     Returns:
         ``[..., out_features]`` in x's dtype, rounded once; on CUDA with ``norm`` also ``x * norm`` is rounded.
@@ -609,9 +615,16 @@ def decode_linear(
         if gated:
             gate, up = y.chunk(2, -1)
             y = torch.nn.functional.silu(gate) * up
+        if rotated:
+            heads = y[..., :rotated].unflatten(-1, (-1, cos.shape[-1]))
+            first, second = heads.chunk(2, -1)
+            turned = torch.cat((-second, first), -1)
+            y = torch.cat(((heads * cos[..., None, :] + turned * sin[..., None, :]).flatten(-2), y[..., rotated:]), -1)
         return y if residual is None else y + residual
     """
-    return _lil.decode_linear(x, weight, bias, norm=norm, eps=eps, gated=gated, residual=residual)
+    return _lil.decode_linear(
+        x, weight, bias, norm=norm, eps=eps, gated=gated, residual=residual, cos=cos, sin=sin, rotated=rotated
+    )
 
 
 def lz77_state(batch: int, capacity: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -757,7 +770,7 @@ def _(k_cache, page_table, seq_lens, *, threshold=0.5, positions=None):
 
 
 @torch.library.register_fake("lil::decode_linear")
-def _(x, weight, bias=None, *, norm=None, eps=1e-6, gated=False, residual=None):
+def _(x, weight, bias=None, *, norm=None, eps=1e-6, gated=False, residual=None, cos=None, sin=None, rotated=0):
     return x.new_empty((*x.shape[:-1], weight.size(0) // 2 if gated else weight.size(0)))
 
 

@@ -17,11 +17,29 @@ CASES |= {
     "bias, residual": {"bias": True, "residual": True},
     "all but bias": {"norm": True, "gated": True, "residual": True},
     "all but gated": {"norm": True, "bias": True, "residual": True},
+    "rotated": {"rotated": 64},
+    "all rotated, bias, norm": {"rotated": 96, "bias": True, "norm": True},
+    "rotated, residual": {"rotated": 32, "residual": True},
 }
 
 
-def case(device, dtype, rows, inputs, outputs, *, bias=False, norm=False, gated=False, residual=False, seed=0):
-    """Arguments by name. x is large where there is a norm, as hidden states are."""
+def case(
+    device,
+    dtype,
+    rows,
+    inputs,
+    outputs,
+    *,
+    bias=False,
+    norm=False,
+    gated=False,
+    residual=False,
+    rotated=0,
+    head_dim=32,
+    seed=0,
+):
+    """Arguments by name. x is large where there is a norm, as hidden states are. The angles of a head's halves differ,
+    as they may."""
     g = torch.Generator().manual_seed(seed)
 
     def random(*shape, around=0.0):
@@ -34,6 +52,9 @@ def case(device, dtype, rows, inputs, outputs, *, bias=False, norm=False, gated=
         "norm": random(inputs, around=1.0) if norm else None,
         "gated": gated,
         "residual": random(rows, outputs) if residual else None,
+        "cos": random(rows, head_dim).cos() if rotated else None,
+        "sin": random(rows, head_dim).sin() if rotated else None,
+        "rotated": rotated,
     }
 
 
@@ -56,16 +77,22 @@ def check(arguments):
         assert torch.equal(arguments[name], value)
     dtype = arguments["x"].dtype
     assert out.dtype == dtype and out.is_contiguous() and out.shape == want.shape
-    absolute = arguments | {n: v.abs() for n, v in before.items() if n != "x"} | {"gated": False, "residual": None}
-    absolute["x"] = arguments["x"].abs()
+    plain = {"gated": False, "residual": None, "cos": None, "sin": None, "rotated": 0}
+    absolute = arguments | {name: value.abs() for name, value in before.items()} | plain
     size = reference.decode_linear(**absolute)  # the sums of the products' sizes
     factor = ROUNDING[dtype] if arguments["norm"] is not None else 1e-6
     bound = (factor + 1e-6) * size
     if arguments["gated"]:
-        gate, up = reference.decode_linear(**arguments | {"gated": False, "residual": None}).chunk(2, -1)
+        gate, up = reference.decode_linear(**arguments | plain).chunk(2, -1)
         gate_bound, up_bound = bound.chunk(2, -1)
         # SiLU's slope is at most 1.1.
         bound = 1.1 * gate_bound * (up.abs() + up_bound) + F.silu(gate).abs() * up_bound + 1e-6 * want.abs()
+    if rotated := arguments["rotated"]:
+        # Where the angles' sines are negative, the reference adds what it takes away elsewhere.
+        cos, sin = arguments["cos"].double().abs().unsqueeze(-2), arguments["sin"].double().abs().unsqueeze(-2)
+        heads = bound[:, :rotated].unflatten(-1, (-1, cos.shape[-1]))
+        heads = heads * cos + heads.roll(cos.shape[-1] // 2, -1) * sin
+        bound = torch.cat((heads.flatten(-2), bound[:, rotated:]), -1)
     error = (out.double() - want).abs()
     assert (error <= 1.01 * (bound + ROUNDING[dtype] * (want.abs() + bound)) + 1e-30).all()
 
@@ -88,13 +115,18 @@ def test_matches_reference(device, dtype, name, rows):
     norm=st.booleans(),
     gated=st.booleans(),
     residual=st.booleans(),
+    head_dim=st.sampled_from([32, 64, 96, 128]),
+    heads=st.integers(0, 5),
     seed=st.integers(0, 1000),
 )
-def test_any_shape(device, dtype, rows, inputs, outputs, bias, norm, gated, residual, seed):
+def test_any_shape(device, dtype, rows, inputs, outputs, bias, norm, gated, residual, head_dim, heads, seed):
     if device == "cuda":
         dtype = torch.bfloat16 if norm or dtype == torch.float32 else dtype
         skip_what_cuda_refuses(device, dtype)
     options = {"bias": bias and not gated, "norm": norm, "gated": gated, "residual": residual, "seed": seed}
+    if not gated:
+        heads = min(heads, 16 * outputs // head_dim)
+        options |= {"rotated": heads * head_dim, "head_dim": head_dim}
     check(case(device, dtype, rows, 16 * inputs, 16 * outputs, **options))
 
 
@@ -133,13 +165,28 @@ def test_one_after_another(device):
 
 def test_leading_dimensions(device):
     skip_what_cuda_refuses(device, torch.bfloat16)
-    arguments = case(device, torch.bfloat16, 6, 64, 32, norm=True, residual=True)
+    arguments = case(device, torch.bfloat16, 6, 64, 32, norm=True, residual=True, rotated=32)
     want = lil_ops.decode_linear(**arguments)
+    by_row = ("x", "residual", "cos", "sin")
     for lead in ((6,), (3, 2), (6, 1), (1, 6, 1)):
-        shaped = {name: arguments[name].view(*lead, -1) for name in ("x", "residual")}
+        shaped = {name: arguments[name].view(*lead, -1) for name in by_row}
         assert torch.equal(lil_ops.decode_linear(**arguments | shaped), want.view(*lead, -1))
-    alone = {name: arguments[name][0] for name in ("x", "residual")}
+    alone = {name: arguments[name][0] for name in by_row}
     assert torch.equal(lil_ops.decode_linear(**arguments | alone), want[0])
+
+
+def test_rotates_as_transformers_does(device):
+    """And what lies behind the rotated heads is as it would be without."""
+    apply_rotary_pos_emb = pytest.importorskip("transformers.models.llama.modeling_llama").apply_rotary_pos_emb
+    skip_what_cuda_refuses(device, torch.bfloat16)
+    arguments = case(device, torch.bfloat16, 5, 64, 4 * 64, bias=True, rotated=3 * 64, head_dim=64)
+    rotated = lil_ops.decode_linear(**arguments)
+    plain = lil_ops.decode_linear(**arguments | {"cos": None, "sin": None, "rotated": 0})
+    assert torch.equal(rotated[:, 192:], plain[:, 192:])
+    heads = plain[:, :192].float().view(5, 1, 3, 64).transpose(1, 2)
+    cos, sin = (arguments[name].float()[:, None] for name in ("cos", "sin"))
+    want, _ = apply_rotary_pos_emb(heads, heads, cos, sin)
+    torch.testing.assert_close(rotated[:, :192].float(), want.flatten(1), rtol=0.02, atol=0.2)
 
 
 def test_rows_do_not_meet(device):
@@ -197,6 +244,30 @@ BAD = {
     "eps: expected at least 0": lambda a: a.update(eps=-1.0),
     "residual: expected contiguous, of the output's shape, got \\[2, 64\\]": lambda a: a.update(residual=a["x"]),
     "residual: expected BFloat16, got Float": lambda a: a.update(residual=a["residual"].float()),
+    "sin: expected a tensor, as cos is, got None": lambda a: a.update(cos=a["x"][:, :32].contiguous(), rotated=32),
+    "sin: expected None, as cos is": lambda a: a.update(sin=a["x"]),
+    "cos: expected None where gated": lambda a: a.update(
+        cos=a["x"], sin=a["x"], rotated=64, bias=None, gated=True, residual=None
+    ),
+    "cos: expected head_dim a multiple of 32, got 48": lambda a: a.update(
+        cos=a["x"].new_zeros(2, 48), sin=a["x"].new_zeros(2, 48), rotated=48
+    ),
+    "cos: expected contiguous, of shape .*, got \\[1, 32\\]": lambda a: a.update(
+        cos=a["x"].new_zeros(1, 32), sin=a["x"].new_zeros(1, 32), rotated=32
+    ),
+    "sin: expected contiguous, of shape .*, got \\[2, 64\\]": lambda a: a.update(
+        cos=a["x"].new_zeros(2, 32), sin=a["x"].new_zeros(2, 64), rotated=32
+    ),
+    "sin: expected BFloat16, got Float": lambda a: a.update(
+        cos=a["x"].new_zeros(2, 32), sin=a["x"].new_zeros(2, 32).float(), rotated=32
+    ),
+    "rotated: expected a multiple of head_dim, 32, up to 32, got 64": lambda a: a.update(
+        cos=a["x"].new_zeros(2, 32), sin=a["x"].new_zeros(2, 32), rotated=64
+    ),
+    "rotated: expected a multiple of head_dim, 32, up to 32, got 16": lambda a: a.update(
+        cos=a["x"].new_zeros(2, 32), sin=a["x"].new_zeros(2, 32), rotated=16
+    ),
+    "rotated: expected 0 without cos, got 32": lambda a: a.update(rotated=32),
 }  # fmt: skip
 
 
@@ -227,7 +298,7 @@ def test_cuda_says_what_it_takes(device):
 def test_opcheck(device):
     skip_what_cuda_refuses(device, torch.bfloat16)
     for name in CASES:
-        arguments = case(device, torch.bfloat16, 3, 64, 32, **CASES[name])
+        arguments = case(device, torch.bfloat16, 3, 64, 96, **CASES[name])
         positional = [arguments.pop(each) for each in ("x", "weight", "bias")]
         torch.library.opcheck(torch.ops.lil.decode_linear.default, positional, arguments)
 

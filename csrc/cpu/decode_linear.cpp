@@ -11,7 +11,8 @@ void decode_linear(const DecodeLinearParams& p, const Tensor&) {
   float* const x = scratch.data();
   const Kernels& isa = kernels();
   isa.linear_input(p, x);
-  torch::stable::parallel_for(0, p.out_features / kLinearOutputs, 1,
+  // A block of rotated outputs has twice as many.
+  torch::stable::parallel_for(0, (p.out_features - p.rotated / 2) / kLinearOutputs, 1,
                               [&](int64_t begin, int64_t end) { isa.linear_outputs(p, x, begin, end); });
 }
 

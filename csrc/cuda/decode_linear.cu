@@ -1,7 +1,7 @@
-// decode_linear: a step reads every weight once, so what counts is that reading never pauses. One block a
-// multiprocessor; a warp of it copies weights into a ring of stages, from before the previous kernel has ended (weights
-// are nobody's output), and eight warps multiply. A stage is 16 rows of the weight, of which each warp has a part of
-// the columns; at the end of the rows the warps' sums are added.
+// decode_linear: a step reads every weight once, so what counts is that reading never pauses. Warps of each block copy
+// weights into a ring of stages, from before the previous kernel has ended (weights are nobody's output), and eight
+// warps multiply. A stage is 16 rows of the weight, of which each warp has a part of the columns; at the end of the
+// rows the warps' sums are added.
 //
 // x is not normalised beforehand: it is multiplied by `norm` alone, its squares are summed on the way, and the root is
 // applied to the sums.
@@ -13,19 +13,28 @@
 namespace lil::cuda {
 namespace {
 
-constexpr int kWarps = 8, kMultiplying = 32 * kWarps, kThreads = kMultiplying + 32;
+// A warp starts one lane's copy after the other: alone, it would not keep a multiprocessor at its share of the bandwidth,
+// where fewer than all of them have a block.
+constexpr int kWarps = 8, kMultiplying = 32 * kWarps, kCopying = 2, kThreads = kMultiplying + 32 * kCopying;
 constexpr int kRows = 16, kColumns = 512, kChunks = kColumns / 32 / kWarps;
 // Shared memory between two rows of a stage; eight lanes that load 16 bytes each of two rows meet all 32 banks once.
 constexpr int kPitch = 2 * kColumns + 64;
 
-// Two blocks of consecutive kernels fit into a multiprocessor.
-constexpr int kStages = 6;
+// As many as let two blocks into a multiprocessor, of one kernel or of two.
+constexpr int kStages = 6, kBlocks = 2;
+
+// Stages of x that a lane keeps for all units, where that is all of x; or else has loaded before it needs them.
+constexpr int kHeld = 4, kAhead = 3;
 
 #if __CUDA_ARCH__ >= 900
 
 // Which row of the weight is row r of unit u. Gated: eight rows of the gate, then the same eight of the other half.
+// Rotated: eight of a head's first half, then the eight that they turn with.
 __device__ inline int64_t weight_row(const DecodeLinearParams& p, int32_t u, int32_t r) {
-  return p.gated ? u * 8 + r % 8 + (r / 8) * p.out_features : static_cast<int64_t>(u) * kRows + r;
+  if (p.gated) return u * 8 + r % 8 + (r / 8) * p.out_features;
+  const int32_t head_dim = static_cast<int32_t>(p.head_dim), a_head = head_dim / kRows;
+  if (u * kRows < p.rotated) return u / a_head * head_dim + u % a_head * 8 + r % 8 + (r / 8) * (head_dim / 2);
+  return static_cast<int64_t>(u) * kRows + r;
 }
 
 __device__ inline float silu(float x) { return x / (1 + __expf(-x)); }
@@ -39,20 +48,19 @@ __device__ inline uint32_t times_norm(uint32_t x, uint32_t norm, float& squares)
   return pack<T>(low * to_float(b[0]), high * to_float(b[1]));
 }
 
-// The columns of one stage that this lane multiplies, of row n of x.
+// The columns of one stage that this lane multiplies, of one row of x.
 template <class T, bool Norm>
 struct Input {
   uint4 x[kChunks], norm[Norm ? kChunks : 1];
 
-  __device__ void load(const DecodeLinearParams& p, int32_t column, int32_t n) {
+  // Zeros at and past column `end`.
+  __device__ void load(const T* row, const void* weights, int32_t column, int32_t end) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const int64_t k = column + 32 * i;
-      const bool inside = k < p.in_features;
-      const T* const row = static_cast<const T*>(p.x) + n * p.in_features;
-      x[i] = inside && n < p.rows ? *reinterpret_cast<const uint4*>(row + k) : uint4{};
+      const int32_t k = column + 32 * i;
+      x[i] = k < end ? *reinterpret_cast<const uint4*>(row + k) : uint4{};
       if constexpr (Norm) {
-        norm[i] = inside ? __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(p.norm) + k)) : uint4{};
+        norm[i] = k < end ? __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(weights) + k)) : uint4{};
       }
     }
   }
@@ -73,46 +81,74 @@ struct Input {
 // Of one unit, [row of the weight / 8][row of x][row of the weight % 8].
 using Sums = float[128];
 
-template <class T, bool Norm>
-__device__ inline void write(const DecodeLinearParams& p, int32_t unit, const Sums* sums, const float (*squares)[8]) {
-  const auto total = [&](int32_t i) {
-    float sum = 0;
-#pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp][i];
-    return sum;
-  };
-  const int32_t i = threadIdx.x, halves = p.gated ? 1 : 2, row = i % 64 / 8;
-  if (i >= halves * 64 || row >= p.rows) return;
-  const int32_t output = (unit * halves + i / 64) * 8 + i % 8;
-  float scale = 1;
-  if constexpr (Norm) {
-    float sum = 0;
-#pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) sum += squares[warp][row];
-    scale = rsqrtf(sum / static_cast<float>(p.in_features) + p.eps);
+// What becomes of the sums that are one thread's output of a unit; it is read before they are there.
+template <class T>
+struct Ending {
+  float cos = 1, sin = 0, add = 0;
+
+  __device__ Ending(const DecodeLinearParams& p, int32_t unit) {
+    if (!writes(p)) return;
+    const int64_t output = output_of(p, unit);
+    if (rotates(p, unit)) {
+      const int32_t half = static_cast<int32_t>(p.head_dim) / 2, sign = threadIdx.x < 64 ? -1 : 1;
+      const int64_t angle = row() * p.head_dim + output % p.head_dim;
+      cos = load(p.cos, angle);
+      sin = sign * load(p.sin, angle);
+      if (p.bias) add = load(p.bias, output) * cos + load(p.bias, output - sign * half) * sin;
+    } else if (p.bias) {
+      add = load(p.bias, output);
+    }
+    if (p.residual) add += load(p.residual, row() * p.out_features + output);
   }
-  float y = total(i) * scale;
-  if (p.gated) y = silu(y) * total(64 + i) * scale;
-  const int64_t at = row * p.out_features + output;
-  if (p.bias) y += to_float(static_cast<const T*>(p.bias)[output]);
-  if (p.residual) y += to_float(static_cast<const T*>(p.residual)[at]);
-  static_cast<T*>(p.out)[at] = from_float<T>(y);
-}
+
+  __device__ void write(const DecodeLinearParams& p, int32_t unit, const Sums* sums, const float (*squares)[8]) const {
+    float scale = 1;
+    if (squares) {
+      float sum = 0;
+#pragma unroll
+      for (int warp = 0; warp < kWarps; ++warp) sum += squares[warp][row()];
+      scale = rsqrtf(sum / static_cast<float>(p.in_features) + p.eps);
+    }
+    const auto total = [&](int32_t i) {
+      float sum = 0;
+#pragma unroll
+      for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp][i];
+      return sum * scale;
+    };
+    float y = total(threadIdx.x);
+    if (p.gated) y = silu(y) * total(64 + threadIdx.x);
+    if (rotates(p, unit)) y = y * cos + total(threadIdx.x ^ 64) * sin;
+    static_cast<T*>(p.out)[row() * p.out_features + output_of(p, unit)] = from_float<T>(y + add);
+  }
+
+  __device__ static bool writes(const DecodeLinearParams& p) {
+    return threadIdx.x < (p.gated ? 64 : 128) && row() < p.rows;
+  }
+  __device__ static int64_t row() { return threadIdx.x % 64 / 8; }
+  __device__ static int64_t output_of(const DecodeLinearParams& p, int32_t unit) {
+    return weight_row(p, unit, threadIdx.x / 64 * 8 + threadIdx.x % 8);
+  }
+  __device__ static bool rotates(const DecodeLinearParams& p, int32_t unit) { return unit * kRows < p.rotated; }
+  __device__ static float load(const void* from, int64_t i) { return to_float(static_cast<const T*>(from)[i]); }
+};
 
 #endif
 
-template <class T, bool Norm>
-__global__ void __launch_bounds__(kThreads) decode_linear_kernel(const __grid_constant__ DecodeLinearParams p) {
+// Held: a lane keeps all of x.
+template <class T, bool Norm, bool Held>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    decode_linear_kernel(const __grid_constant__ DecodeLinearParams p) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(16) unsigned char ring[];  // [kStages][kRows][kPitch]
   __shared__ Sums sums[2][kWarps];
   __shared__ float squares[kWarps][8];
   __shared__ Barrier full[kStages], empty[kStages];
-  // Its blocks read weights meanwhile, and wait for all of this kernel before they read more.
-  let_next_start();
+  // A decode_linear that is next reads weights meanwhile. Attention, which follows a rotation, has nothing to read yet,
+  // and its blocks would crowd on the few multiprocessors that have room: it starts when this kernel ends.
+  if (p.rotated == 0) let_next_start();
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
-      barrier_init(full[i], 1);
+      barrier_init(full[i], kCopying);
       barrier_init(empty[i], kWarps);
     }
     barriers_are_ready();
@@ -129,17 +165,17 @@ __global__ void __launch_bounds__(kThreads) decode_linear_kernel(const __grid_co
       parity ^= 1;
     }
   };
-  if (warp == kWarps) {
+  if (warp >= kWarps) {
+    constexpr int kMine = kRows / kCopying;
+    const int32_t r = (warp - kWarps) * kMine + lane;
     for (int32_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
+      const T* const row = static_cast<const T*>(p.weight) + weight_row(p, unit, r) * p.in_features;
       for (int32_t stage = 0; stage < stages; ++stage) {
         const int32_t bytes = 2 * min(kColumns, columns - stage * kColumns);
         barrier_wait(empty[slot], parity ^ 1);
-        if (lane == 0) barrier_expect(full[slot], bytes * kRows);
+        if (lane == 0) barrier_expect(full[slot], bytes * kMine);
         __syncwarp();
-        if (lane < kRows) {
-          const T* const row = static_cast<const T*>(p.weight) + weight_row(p, unit, lane) * p.in_features;
-          bulk_copy(ring + (slot * kRows + lane) * kPitch, row + stage * kColumns, bytes, full[slot]);
-        }
+        if (lane < kMine) bulk_copy(ring + (slot * kRows + r) * kPitch, row + stage * kColumns, bytes, full[slot]);
         next();
       }
     }
@@ -147,30 +183,51 @@ __global__ void __launch_bounds__(kThreads) decode_linear_kernel(const __grid_co
     return;
   }
   const int32_t n = lane / 4, c = lane % 4, first = warp * kChunks * 32 + 8 * c;
+  const T* const row = static_cast<const T*>(p.x) + n * p.in_features;
+  const int32_t end = n < p.rows ? columns : 0;
+  // A norm takes twice the registers until it has been applied.
+  constexpr int kInputs = Held ? kHeld : Norm ? 1 : kAhead;
+  Input<T, Norm> input[kInputs];
+  float square = 0;
   wait_for_previous();
-  Input<T, Norm> input;
-  input.load(p, first, n);
+#pragma unroll
+  for (int i = 0; i < kInputs; ++i) input[i].load(row, p.norm, first + i * kColumns, end);
+  if constexpr (Held) {
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) input[i].scale(square);
+  }
   int32_t side = 0;
   for (int32_t unit = blockIdx.x; unit < units; unit += gridDim.x, side ^= 1) {
-    float acc[4] = {}, square = 0;
-    for (int32_t stage = 0; stage < stages; ++stage) {
-      Input<T, Norm> present = input;
-      present.scale(square);
-      input.load(p, first + (stage + 1 < stages ? stage + 1 : 0) * kColumns, n);  // while the weights come
-      barrier_wait(full[slot], parity);
+    const Ending<T> ending(p, unit);
+    float acc[4] = {};
+    for (int32_t begin = 0; begin < stages; begin += kInputs) {
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        const unsigned char* const at = ring + (slot * kRows + n) * kPitch + 2 * (first + 32 * i);
-        uint4 low{}, high{};
-        if (stage * kColumns + first + 32 * i < columns) {
-          low = *reinterpret_cast<const uint4*>(at);
-          high = *reinterpret_cast<const uint4*>(at + 8 * kPitch);
+      for (int i = 0; i < kInputs; ++i) {
+        const int32_t stage = begin + i;
+        if (stage >= stages) break;
+        Input<T, Norm> present = input[i];
+        if constexpr (!Held) {
+          present.scale(square);
+          // While weights come; behind the last ones, of the next unit.
+          const int32_t ahead = stage + kInputs < stages ? stage + kInputs : i;
+          input[i].load(row, p.norm, first + ahead * kColumns, end);
         }
-        mma_chunk<T>(acc, low, high, present.x[i]);
+        barrier_wait(full[slot], parity);
+#pragma unroll
+        for (int j = 0; j < kChunks; ++j) {
+          const unsigned char* const at = ring + (slot * kRows + n) * kPitch + 2 * (first + 32 * j);
+          uint4 low{}, high{};
+          if (stage * kColumns + first + 32 * j < columns) {
+            low = *reinterpret_cast<const uint4*>(at);
+            high = *reinterpret_cast<const uint4*>(at + 8 * kPitch);
+          }
+          mma_chunk<T>(acc, low, high, present.x[j]);
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(empty[slot]);
+        next();
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(empty[slot]);
-      next();
+      if (Held) break;
     }
     float* const mine = sums[side][warp];
 #pragma unroll
@@ -182,18 +239,19 @@ __global__ void __launch_bounds__(kThreads) decode_linear_kernel(const __grid_co
     }
     // The multiplying warps alone. The other side's sums have been read by all who come here.
     asm volatile("bar.sync 1, %0;" ::"n"(kMultiplying) : "memory");
-    write<T, Norm>(p, unit, sums[side], squares);
+    if (ending.writes(p)) ending.write(p, unit, sums[side], Norm ? squares : nullptr);
   }
 #endif
 }
 
-template <class T, bool Norm>
+template <class T, bool Norm, bool Held>
 void start(const DecodeLinearParams& p, const Launch& launch) {
   constexpr size_t bytes = static_cast<size_t>(kStages) * kRows * kPitch;
-  constexpr auto kernel = decode_linear_kernel<T, Norm>;
+  constexpr auto kernel = decode_linear_kernel<T, Norm, Held>;
   allow_shared<kernel>(bytes);
-  const int64_t units = p.out_features / (p.gated ? 8 : kRows), sms = current_device().sms;
-  launch(kernel, dim3(static_cast<unsigned>(units < sms ? units : sms)), kThreads, bytes, 1, p);
+  // As many blocks as fit. Fewer would not spread evenly: some multiprocessors would have two.
+  const int64_t units = p.out_features / (p.gated ? 8 : kRows), most = kBlocks * current_device().sms;
+  launch(kernel, dim3(static_cast<unsigned>(units < most ? units : most)), kThreads, bytes, 1, p);
 }
 
 }  // namespace
@@ -206,8 +264,10 @@ void decode_linear(const DecodeLinearParams& p, const Tensor& on) {
   LIL_CHECK(p.dtype != DType::kFloat32, op, "x", "on CUDA, dtype float16 or bfloat16", "Float");
   // x * norm, not yet divided by the root of its mean square, may be more than float16 holds.
   LIL_CHECK(!p.norm || p.dtype == DType::kBFloat16, op, "norm", "on CUDA, None or dtype bfloat16", "Half");
-  if (p.dtype == DType::kFloat16) return start<__half, false>(p, launch);
-  p.norm ? start<__nv_bfloat16, true>(p, launch) : start<__nv_bfloat16, false>(p, launch);
+  if (p.dtype == DType::kFloat16) return start<__half, false, false>(p, launch);
+  if (!p.norm) return start<__nv_bfloat16, false, false>(p, launch);
+  p.in_features <= kHeld* kColumns ? start<__nv_bfloat16, true, true>(p, launch)
+                                   : start<__nv_bfloat16, true, false>(p, launch);
 }
 
 }  // namespace lil::cuda

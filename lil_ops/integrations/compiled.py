@@ -32,19 +32,21 @@ def serving(cache: LilCache) -> Iterator[None]:
         _serving = before
 
 
-def compiled(model: torch.nn.Module, **options) -> Callable:
-    """The model in one graph, its weights frozen and its linear layers fused. options: of `torch.compile`."""
+def compiled(function: Callable, **options) -> Callable:
+    """A function in one graph; a model with its weights frozen and its linear layers fused. options: of
+    `torch.compile`."""
     from torch._inductor import config  # takes seconds to import
 
     from lil_ops.integrations.fuse_linears import FuseLinears
 
-    module = torch.compile(model, **{"fullgraph": True, "dynamic": False} | options)
+    fused = {"freezing": True, "pre_grad_custom_pass": FuseLinears()} if isinstance(function, torch.nn.Module) else {}
+    function = torch.compile(function, **{"fullgraph": True, "dynamic": False} | options)
 
     def call(*arguments, **inputs):
         # The first call compiles. Dynamo counts the models and numbers of slots of a process together.
         unlimited = torch._dynamo.config.patch(recompile_limit=ENGINES, accumulated_recompile_limit=ENGINES)
-        with config.patch(freezing=True, pre_grad_custom_pass=FuseLinears()), unlimited:
-            return module(*arguments, **inputs)
+        with config.patch(fused), unlimited:
+            return function(*arguments, **inputs)
 
     return call
 

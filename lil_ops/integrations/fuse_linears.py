@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 import lil_ops  # noqa: F401  (the operator)
 from lil_ops.integrations import merge_linears
-from lil_ops.integrations.merge_linears import MergeLinears, arguments, outputs, parameter
+from lil_ops.integrations.merge_linears import MergeLinears, arguments, outputs, parameter, replace
 
 MAX_ROWS = 8  # of decode_linear
 
@@ -28,6 +29,7 @@ class FuseLinears(CustomGraphPass):
     each of them a `decode_linear`, which takes with it
 
     - an RMS norm that makes its input, as transformers writes it for Llama, Qwen and their like,
+    - the rotary embedding of the queries and keys in its output, where nothing lies between,
     - the gate of a gated MLP, ``silu(gate(x)) * up(x)``,
     - the addition of the residual, the only use of its output.
 
@@ -43,7 +45,6 @@ class FuseLinears(CustomGraphPass):
             if self._fits(node):
                 x = value_of(arguments(node)[0])
                 fuse(graph, node, self.has_kernel(x, True))
-        graph.eliminate_dead_code()
 
     def _fits(self, linear: Node) -> bool:
         x, weight, _ = arguments(linear)
@@ -68,6 +69,9 @@ def fuse(graph: Graph, linear: Node, with_norm: bool) -> None:
     gated = gate(linear) if bias is None else None
     if gated is not None and outputs(weight) % 32 == 0:
         options["gated"], last = True, gated
+    rotations = [] if gated else rotary(linear)
+    if rotations:
+        options |= {"cos": rotations[0].cos, "sin": rotations[0].sin, "rotated": sum(each.width for each in rotations)}
     added = addition(last)
     if added is not None:
         last, options["residual"] = added
@@ -78,7 +82,9 @@ def fuse(graph: Graph, linear: Node, with_norm: bool) -> None:
             fused.meta["example_value"] = value.new_empty(
                 (*value.shape[:-1], outputs(weight) // (2 if "gated" in options else 1))
             )
-    last.replace_all_uses_with(fused)
+    replace(last, fused)
+    for each in rotations:
+        replace(each.rotated, each.heads)
 
 
 def value_of(node: Node) -> torch.Tensor | None:
@@ -149,6 +155,76 @@ def gate(linear: Node) -> Node | None:
     if activated is None or product is None or activated.target is not F.silu or only_user(activated) is not product:
         return None
     return product if product.target is operator.mul and set(product.args) == {activated, halves[half]} else None
+
+
+@dataclass
+class Rotation:
+    """``rotated = heads * cos + rotate_half(heads) * sin``, the heads being `width` outputs of a layer."""
+
+    heads: Node
+    rotated: Node
+    cos: Node
+    sin: Node
+    width: int
+
+
+def rotary(linear: Node) -> list[Rotation]:
+    """The rotations of the layer's first outputs, all by the same angles."""
+    slices = {part.args[2]: part for part in linear.users if part.target is torch.narrow}
+    found, begin = [], 0
+    while begin in slices and len(slices) == len(linear.users):
+        rotation = rotation_of(slices[begin])
+        if rotation is None or (found and (rotation.cos, rotation.sin) != (found[0].cos, found[0].sin)):
+            break
+        found.append(rotation)
+        begin += rotation.width
+    # The angles are made once for all layers, before the first; elsewhere they might come too late.
+    return found if found and all(angles < linear for angles in (found[0].cos, found[0].sin)) else []
+
+
+def rotation_of(part: Node) -> Rotation | None:
+    """The rotation where outputs are used, as transformers writes it for Llama, Qwen and their like: ``cos`` and
+    ``sin`` of `apply_rotary_pos_emb`, ``x.view(batch, 1, -1, head_dim).transpose(1, 2)`` as its heads."""
+    view = only_user(part)
+    heads = only_user(view) if view is not None and view.target == "view" else None
+    if heads is None or heads.target != "transpose" or heads.args[1:] != (1, 2):
+        return None
+    count, tokens, head_dim = value_of(heads).shape[1:]
+    if tokens != 1 or head_dim % 32 or count * head_dim != part.args[3]:
+        return None
+    first = second = None
+    for user in heads.users:
+        if user.target is operator.getitem and user.args[1] == (..., slice(None, head_dim // 2, None)):
+            first = user
+        if user.target is operator.getitem and user.args[1] == (..., slice(head_dim // 2, None, None)):
+            second = user
+    products = [user for user in heads.users if user.target is operator.mul]
+    if len(heads.users) != 3 or len(products) != 1 or first is None or second is None:
+        return None
+    negated, total = only_user(second), only_user(products[0])
+    turned = only_user(first)
+    if negated is None or negated.target != operator.neg or turned is None or only_user(negated) is not turned:
+        return None
+    if turned.target is not torch.cat or (*turned.args, *turned.kwargs.values()) != ((negated, first), -1):
+        return None
+    product = only_user(turned)
+    if product is None or product.target is not operator.mul or total is None or total.target is not operator.add:
+        return None
+    if set(total.args) != {products[0], product}:
+        return None
+    cos, sin = angles_of(products[0], heads), angles_of(product, turned)
+    return None if cos is None or sin is None else Rotation(heads, total, cos, sin, count * head_dim)
+
+
+def angles_of(product: Node, factor: Node) -> Node | None:
+    """``angles`` where the product is of the factor and ``angles.unsqueeze(1)``, ``[batch, 1, head_dim]``."""
+    other = product.args[1] if product.args[0] is factor else product.args[0]
+    if not isinstance(other, Node) or other.target != "unsqueeze" or other.args[1:] != (1,):
+        return None
+    angles, (batch, _, _, head_dim) = other.args[0], value_of(factor).shape
+    value = value_of(angles)
+    fits = value is not None and value.shape == (batch, 1, head_dim) and value.dtype == value_of(factor).dtype
+    return angles if fits and value.is_contiguous() else None
 
 
 def addition(node: Node) -> tuple[Node, Node] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import accumulate
 from operator import attrgetter
 
 import torch
@@ -28,7 +29,6 @@ class MergeLinears(CustomGraphPass):
         for nodes in groups.values():
             if len(nodes) > 1:
                 merge(graph, nodes)
-        graph.eliminate_dead_code()
 
     def uuid(self) -> bytes:
         return get_hash_for_files((__file__,))
@@ -40,11 +40,27 @@ def merge(graph: Graph, nodes: list[Node]) -> None:
     with graph.inserting_before(nodes[0]):
         weight = side_by_side(graph, weights)
         merged = graph.call_function(F.linear, (x, weight, None if biases[0] is None else side_by_side(graph, biases)))
-        begin = 0
-        for node, part in zip(nodes, weights, strict=True):
-            width = outputs(part)
-            node.replace_all_uses_with(graph.call_function(torch.narrow, (merged, -1, begin, width)))
-            begin += width
+        widths = list(map(outputs, weights))
+        begins = accumulate(widths, initial=0)
+        slices = [
+            graph.call_function(torch.narrow, (merged, -1, begin, width))
+            for begin, width in zip(begins, widths, strict=False)
+        ]
+    for node, part in zip(nodes, slices, strict=True):
+        replace(node, part)
+
+
+def replace(node: Node, by: Node) -> None:
+    """Use another node in its place, and erase it with what was there for it alone. Not
+    `Graph.eliminate_dead_code`: that takes a call like ``x.add_(y)``, whose result nobody uses, for dead."""
+    node.replace_all_uses_with(by)
+    dead = [node]
+    while dead:
+        node = dead.pop()
+        if not node.users and node.op != "placeholder" and not node._erased:
+            inputs = node.all_input_nodes
+            node.graph.erase_node(node)
+            dead += inputs
 
 
 def side_by_side(graph: Graph, parameters: tuple[Node, ...]) -> Node:
