@@ -14,8 +14,9 @@ PROMPT := How does a bill become a law in the United States? Explain every step.
 demo: $(VENV)/.built $(MODEL)
 	$(BIN)/lil-ops generate --model models/SmolLM2-135M-Instruct --policy quest --budget 256 --guardian --interval 64 --threshold 5 --max-new-tokens 1024 "$(PROMPT)"
 
+# In two processes, whose threads do not spin while they wait: they share the processors.
 test: $(VENV)/.built $(MODEL)
-	$(BIN)/python -m pytest tests
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 tests
 
 # On a machine with a GPU whose PYTHON has a CUDA torch: the same tests, with device="cuda" as well.
 test-gpu:

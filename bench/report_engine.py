@@ -8,7 +8,7 @@ LINEARS = """## Linear layers of a decode step on CUDA
 {device}, {read_gb_s} GB/s read; torch {torch}; {date}, commit {commit}; `{command}`. bf16, microseconds; each layer
 with what `decode_linear` takes along: the norm before qkv, gate and up, and the head; the gate; the addition behind
 output and down. *torch*: the same by torch.compile. *cuBLAS*: the product alone. Floor: the weight over the bandwidth.
-Bold: slower than torch. Rows of more than 8 are of an earlier commit, which took them.
+Bold: slower than torch.
 
 | model, layer, rows | lil | floor | share | torch | torch / lil | cuBLAS |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |"""

@@ -212,7 +212,7 @@ class Engine(ModelLoop):
             self.cache.lost_bits.zero_()
         # Rules look at all slots. Another may go on in spite of what its rule said of the token that it has.
         codes = self._stop.clone()
-        self._settle(first.expand(len(self._slots)), self._slot == row)
+        self._settle(first.repeat(len(self._slots)), self._slot == row)
         torch.where(self._slot == row, self._stop, codes, out=self._stop)
 
     @torch.inference_mode()

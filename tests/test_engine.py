@@ -313,7 +313,8 @@ def test_compiled_bookkeeping():
         with Engine(model, slots=3, max_tokens=96, policy="h2o", budget=32, eos_token_id=[5, 77], **options) as engine:
             if compiles:
                 engine.compile_bookkeeping(backend="aot_eager")
-            results.append({done.request.seed: done for done in engine.run(requests)})
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                results.append({done.request.seed: done for done in engine.run(requests)})
     assert results[0] == results[1]
 
 

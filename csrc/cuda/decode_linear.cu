@@ -13,8 +13,8 @@
 namespace lil::cuda {
 namespace {
 
-// A warp starts one lane's copy after the other: alone, it would not keep a multiprocessor at its share of the bandwidth,
-// where fewer than all of them have a block.
+// A warp starts one lane's copy after the other: alone, it would not keep a multiprocessor at its share of the
+// bandwidth, where fewer than all of them have a block.
 constexpr int kWarps = 8, kMultiplying = 32 * kWarps, kCopying = 2, kThreads = kMultiplying + 32 * kCopying;
 constexpr int kRows = 16, kColumns = 512, kChunks = kColumns / 32 / kWarps;
 // Shared memory between two rows of a stage; eight lanes that load 16 bytes each of two rows meet all 32 banks once.
