@@ -67,6 +67,13 @@ class Attention(torch.nn.Module):
         return *apply_rotary_pos_emb(self.norm(q), k, self.angles(cos), sin), v
 
 
+class Flat(Attention):
+    """Rows without a dimension of tokens, which the angles have."""
+
+    def forward(self, x):
+        return super().forward(x[:, 0])
+
+
 class Interleaved(Attention):
     """Another rotation: neighbours turn with each other."""
 
@@ -171,6 +178,7 @@ ALL = [{"norm"}, {"residual"}, {"norm", "gated"}, {"residual"}]
         # The angles' rows have another shape: as they are used, and not as the operator takes them.
         (module_of(Attention, angles=lambda cos: cos[:1]), [set()], 0),
         (module_of(Interleaved), [set()], 0),
+        (module_of(Flat), [set()], 0),
         (module_of(InPlace), ALL, 0),
     ],
 )

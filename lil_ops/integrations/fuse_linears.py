@@ -178,8 +178,13 @@ def rotary(linear: Node) -> list[Rotation]:
             break
         found.append(rotation)
         begin += rotation.width
-    # The angles are made once for all layers, before the first; elsewhere they might come too late.
-    return found if found and all(angles < linear for angles in (found[0].cos, found[0].sin)) else []
+    if not found:
+        return []
+    cos, sin = found[0].cos, found[0].sin
+    rows = value_of(arguments(linear)[0]).shape[:-1]
+    # Angles are made once for all layers, before the first; elsewhere they might come too late.
+    fits = cos < linear and sin < linear and rows == value_of(cos).shape[:-1]
+    return found if fits else []
 
 
 def rotation_of(part: Node) -> Rotation | None:
@@ -188,6 +193,8 @@ def rotation_of(part: Node) -> Rotation | None:
     view = only_user(part)
     heads = only_user(view) if view is not None and view.target == "view" else None
     if heads is None or heads.target != "transpose" or heads.args[1:] != (1, 2):
+        return None
+    if value_of(heads) is None or value_of(heads).ndim != 4:
         return None
     count, tokens, head_dim = value_of(heads).shape[1:]
     if tokens != 1 or head_dim % 32 or count * head_dim != part.args[3]:
