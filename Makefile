@@ -16,7 +16,7 @@ demo: $(VENV)/.built $(MODEL)
 
 # In two processes, whose threads do not spin while they wait: they share the processors.
 test: $(VENV)/.built $(MODEL)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 tests
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 # On a machine with a GPU whose PYTHON has a CUDA torch: the same tests, with device="cuda" as well.
 test-gpu:
