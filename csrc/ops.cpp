@@ -65,7 +65,7 @@ STABLE_TORCH_LIBRARY(lil, m) {
   m.def(
       "key_redundancy(Tensor k_cache, Tensor page_table, Tensor seq_lens, *, float threshold=0.5, "
       "Tensor? positions=None) -> Tensor");
-  // A linear layer of a decode step, with the norm before it and the gate or the addition behind it.
+  // A linear layer of a decode step, with the norm before it and the rotation, gate or addition behind it.
   m.def(
       "decode_linear(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor? norm=None, float eps=1e-06, "
       "bool gated=False, Tensor? residual=None, Tensor? cos=None, Tensor? sin=None, int rotated=0) -> Tensor");
