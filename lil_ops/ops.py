@@ -604,8 +604,8 @@ def decode_linear(
     Returns:
         ``[..., out_features]`` in x's dtype, rounded once; on CUDA with ``norm`` also ``x * norm`` is rounded.
 
-    On CUDA (compute capability 9.0 and later; elsewhere an error) the weight is read before the kernel ahead on the
-    stream has ended: it must not be what another operator of this package has just written.
+    On CUDA (compute capability 9.0 and later; elsewhere an error) weight and norm are read before the kernels ahead on
+    the stream have ended: neither may be what another operator of this package has just written.
 
     Equivalent PyTorch::
 

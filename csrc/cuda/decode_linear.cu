@@ -23,6 +23,9 @@ constexpr int kPitch = 2 * kColumns + 64;
 // As many as let two blocks into a multiprocessor, of one kernel or of two.
 constexpr int kStages = 6, kBlocks = 2;
 
+// Nanoseconds between two stages that a block asks L2 for.
+constexpr unsigned kPause = 600;
+
 // Stages of x that a lane keeps for all units, where that is all of x; or else has loaded before it needs them.
 constexpr int kHeld = 4, kAhead = 3;
 
@@ -54,14 +57,16 @@ struct Input {
   uint4 x[kChunks], norm[Norm ? kChunks : 1];
 
   // Zeros at and past column `end`.
-  __device__ void load(const T* row, const void* weights, int32_t column, int32_t end) {
+  __device__ void load(const T* row, int32_t column, int32_t end) { load_into(x, row, column, end); }
+  __device__ void load_norm(const void* weights, int32_t column, int32_t end) {
+    if constexpr (Norm) load_into(norm, static_cast<const T*>(weights), column, end);
+  }
+
+  __device__ static void load_into(uint4 (&to)[kChunks], const T* from, int32_t column, int32_t end) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const int32_t k = column + 32 * i;
-      x[i] = k < end ? *reinterpret_cast<const uint4*>(row + k) : uint4{};
-      if constexpr (Norm) {
-        norm[i] = k < end ? __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(weights) + k)) : uint4{};
-      }
+      to[i] = k < end ? *reinterpret_cast<const uint4*>(from + k) : uint4{};
     }
   }
 
@@ -168,14 +173,40 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (warp >= kWarps) {
     constexpr int kMine = kRows / kCopying;
     const int32_t r = (warp - kWarps) * kMine + lane;
+    const uint64_t once = evict_first();
+    const auto row_of = [&](int32_t unit) {
+      return static_cast<const T*>(p.weight) + weight_row(p, unit, r) * p.in_features;
+    };
+    const auto bytes_of = [&](int32_t stage) { return 2 * min(kColumns, columns - stage * kColumns); };
+    // From this stage on L2 can have what the ring has no room for, until x is there. Not before the ring has come, and
+    // not all at once: the kernels ahead would wait for their loads behind it.
+    const auto prefetch_from = [&](int32_t unit, int32_t stage) {
+      const auto is_read = [&] { return barrier_is_over(empty[0], 0); };
+      while (!barrier_is_over(full[kStages - 1], 0) && !is_read()) {
+      }
+      for (; unit < units; unit += gridDim.x, stage = 0) {
+        for (; stage < stages; ++stage) {
+          if (is_read()) return;
+          if (lane < kMine) bulk_prefetch(row_of(unit) + stage * kColumns, bytes_of(stage));
+          __nanosleep(kPause);
+        }
+      }
+    };
+    bool ring_was_full = false;
     for (int32_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
-      const T* const row = static_cast<const T*>(p.weight) + weight_row(p, unit, r) * p.in_features;
+      const T* const row = row_of(unit);
       for (int32_t stage = 0; stage < stages; ++stage) {
-        const int32_t bytes = 2 * min(kColumns, columns - stage * kColumns);
+        if (parity == 1 && !ring_was_full) {
+          ring_was_full = true;
+          prefetch_from(unit, stage);
+          __syncwarp();
+        }
         barrier_wait(empty[slot], parity ^ 1);
-        if (lane == 0) barrier_expect(full[slot], bytes * kMine);
+        if (lane == 0) barrier_expect(full[slot], bytes_of(stage) * kMine);
         __syncwarp();
-        if (lane < kMine) bulk_copy(ring + (slot * kRows + r) * kPitch, row + stage * kColumns, bytes, full[slot]);
+        if (lane < kMine) {
+          bulk_copy(ring + (slot * kRows + r) * kPitch, row + stage * kColumns, bytes_of(stage), full[slot], once);
+        }
         next();
       }
     }
@@ -189,9 +220,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   constexpr int kInputs = Held ? kHeld : Norm ? 1 : kAhead;
   Input<T, Norm> input[kInputs];
   float square = 0;
+#pragma unroll
+  for (int i = 0; i < kInputs; ++i) input[i].load_norm(p.norm, first + i * kColumns, end);
   wait_for_previous();
 #pragma unroll
-  for (int i = 0; i < kInputs; ++i) input[i].load(row, p.norm, first + i * kColumns, end);
+  for (int i = 0; i < kInputs; ++i) input[i].load(row, first + i * kColumns, end);
   if constexpr (Held) {
 #pragma unroll
     for (int i = 0; i < kInputs; ++i) input[i].scale(square);
@@ -210,7 +243,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           present.scale(square);
           // While weights come; behind the last ones, of the next unit.
           const int32_t ahead = stage + kInputs < stages ? stage + kInputs : i;
-          input[i].load(row, p.norm, first + ahead * kColumns, end);
+          input[i].load(row, first + ahead * kColumns, end);
+          input[i].load_norm(p.norm, first + ahead * kColumns, end);
         }
         barrier_wait(full[slot], parity);
 #pragma unroll
