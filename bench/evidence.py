@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -138,7 +139,7 @@ def main() -> int:
     shared, parts = SETS[options.set]
     commands = [command(options, part, shared) for part in parts]
     if options.list:
-        print(*(" ".join(map(repr, each)) for each in commands), sep="\n")
+        print(*map(shlex.join, commands), sep="\n")
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     logs = [options.out / f"{options.set}-{number}.log" for number in range(len(parts))]
