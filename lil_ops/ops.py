@@ -605,7 +605,7 @@ def decode_linear(
         ``[..., out_features]`` in x's dtype, rounded once; on CUDA with ``norm`` also ``x * norm`` is rounded.
 
     On CUDA (compute capability 9.0 and later; elsewhere an error) weight and norm are read before the kernels ahead on
-    the stream have ended: neither may be what another operator of this package has just written.
+    the stream have ended: neither may be what one of them writes.
 
     Equivalent PyTorch::
 
