@@ -41,6 +41,7 @@ class DecodeLoop(ModelLoop):
         policy: str | Policy = "full",
         guardian: StopRule | None = None,
         action: Action | None = None,
+        measure_loss: bool = False,
         max_new_tokens: int = 256,
         eos_token_id: int | Sequence[int] | None = None,
         temperature: float = 0.0,
@@ -60,6 +61,7 @@ class DecodeLoop(ModelLoop):
             policy=policy,
             guardian=guardian,
             action=action,
+            measure_loss=measure_loss,
             batch=batch,
             max_tokens=max(lengths) + max_new_tokens,
             prompt_lens=lengths,
@@ -142,11 +144,11 @@ class DecodeLoop(ModelLoop):
         ended = (self._tokens == self._eos).any(1) & (self._stop == StopReason.RUNNING)
         ended[forced] = False
         self._stop.masked_fill_(ended, StopReason.EOS)
+        # Behind the transfer above, so that it waits for nothing more.
+        lost = None if self.cache.lost_bits is None else self.cache.lost_bits.cpu()
+        if lost is not None:
+            self._lost[self._rows] += lost[self._rows]
         if self._watch:
-            # Behind the transfer above, so that it waits for nothing more.
-            lost = None if self.cache.lost_bits is None else self.cache.lost_bits.cpu()
-            if lost is not None:
-                self._lost[self._rows] += lost[self._rows]
             now = self._tokens[:, 0], phrases, bits, self._num_tokens, self._counts > 0, lost, self._stop
             self._watch.check(Progress(*now))
             self._act()
@@ -213,6 +215,7 @@ def generate(
     policy: str | Policy = "full",
     guardian: StopRule | None = None,
     action: Action | None = None,
+    measure_loss: bool = False,
     max_new_tokens: int = 256,
     eos_token_id: int | Sequence[int] | None = None,
     temperature: float = 0.0,
@@ -231,6 +234,8 @@ def generate(
             ints or a 1-D integer tensor.
         policy: name or `Policy`; ``policy_options`` (budget=256, sink=4, ...) go to it. guardian: a stop rule, such as
             `Guardian`; None: no early stop. action: what it brings about: `Answer`, `Rescue`; None: the end.
+        measure_loss: record what attention loses in a step, as ``lost_bits``; for policies that tell it (quest, full).
+            A stop rule that weighs it has it recorded anyway.
         max_new_tokens: per sequence. eos_token_id: id or ids; None: the model's own; ``()``: none.
         temperature, top_k, top_p: as in `lil_ops.sampling.sample`; temperature 0 is greedy. seed: sequence ``row``
             draws from its own generator, seeded ``seed + row``; or a list of one seed a sequence, which makes its draws
@@ -252,6 +257,7 @@ def generate(
         policy=policy,
         guardian=guardian,
         action=action,
+        measure_loss=measure_loss,
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_token_id,
         temperature=temperature,

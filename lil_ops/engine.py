@@ -47,6 +47,7 @@ class Completion:
     bits: int
     kv_bytes: int
     events: list[ActionEvent] = field(default_factory=list)
+    lost_bits: float | None = None
 
 
 @dataclass
@@ -61,7 +62,8 @@ class Engine(ModelLoop):
 
     Args:
         model: as in `generate`. slots: sequences at a time. max_tokens: of the longest one, prompt and output.
-        policy, guardian, action, temperature, top_k, top_p, page_size: as in `generate`; the same for all sequences.
+        policy, guardian, action, measure_loss, temperature, top_k, top_p, page_size: as in `generate`; the same for all
+            sequences.
         num_pages: size of the cache's pools; a sequence takes the pages of its whole length when it comes.
         compile: torch.compile the model's part of a step, in one graph and with its weights frozen: layers that share
             an input become one product, for which their weights are copied. On CUDA also what a step does beside the
@@ -88,6 +90,7 @@ class Engine(ModelLoop):
         policy: str | Policy = "full",
         guardian: StopRule | None = None,
         action: Action | None = None,
+        measure_loss: bool = False,
         eos_token_id: int | Sequence[int] | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -109,6 +112,7 @@ class Engine(ModelLoop):
             policy=policy,
             guardian=guardian,
             action=action,
+            measure_loss=measure_loss,
             batch=slots,
             max_tokens=max_tokens,
             prompt_lens=[],
@@ -141,7 +145,7 @@ class Engine(ModelLoop):
         self._stop = ints() + StopReason.LENGTH  # nobody runs
         self._forced, self._forced_at, self._forced_len = ints(ANSWER_TOKENS, dtype=torch.int64), ints(), ints()
         self._raised_until, self._answering = ints(), ints(dtype=torch.bool)
-        self._phrases, self._bits = ints(), ints()
+        self._phrases, self._bits, self._lost = ints(), ints(), ints(dtype=torch.float32)
         self._tracker = Lz77Tracker(slots, max_tokens, self._vocab_size, self._device)
         self._watch = guardian.start(slots, self._device) if guardian else None
         self._slot = torch.arange(slots, device=self._device)
@@ -201,6 +205,7 @@ class Engine(ModelLoop):
             (self._forced_len, 0),
             (self._answering, False),
             (self._raised_until, 0),
+            (self._lost, 0),
         ):
             tensor[row] = value
         self._tracker.reset(row)
@@ -299,7 +304,7 @@ class Engine(ModelLoop):
         """Take the token of each active slot, and decide who stops. Both ``[slots]``."""
         counts, ended = self._taken(chosen, active)
         phrases, bits = self._tracker.append(self._tokens, counts)
-        self._measured(phrases, bits, ended)
+        self._measured(phrases, bits, ended, active)
         if self._watch:
             self._watch.check(
                 Progress(
@@ -328,9 +333,11 @@ class Engine(ModelLoop):
         self._num_tokens += active
         return active.int(), (self._tokens == self._eos).any(1) & active & ~forced
 
-    def _measure(self, phrases: torch.Tensor, bits: torch.Tensor, ended: torch.Tensor) -> None:
+    def _measure(self, phrases: torch.Tensor, bits: torch.Tensor, ended: torch.Tensor, active: torch.Tensor) -> None:
         self._phrases.copy_(phrases)
         self._bits.copy_(bits)
+        if self.cache.lost_bits is not None:
+            self._lost += torch.where(active, self.cache.lost_bits, 0)
         self._stop.masked_fill_(ended, StopReason.EOS.value)
 
     def _close(self, active: torch.Tensor) -> None:
@@ -370,7 +377,10 @@ class Engine(ModelLoop):
                 continue
             tokens = self._output[row, :count].tolist()
             kv_bytes = self.cache.kv.bytes_of(row)
-            done.append(Completion(slot.request, tokens, StopReason(code), phrases, bits, kv_bytes, course.events))
+            lost = None if self.cache.lost_bits is None else self._lost[row].item() / max(1, count - 1)
+            done.append(
+                Completion(slot.request, tokens, StopReason(code), phrases, bits, kv_bytes, course.events, lost)
+            )
             self._slots[row] = None
             self.cache.kv.free(row)
         return done

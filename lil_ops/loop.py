@@ -36,6 +36,7 @@ class ModelLoop:
         policy: str | Policy,
         guardian: StopRule | None,
         action: Action | None,
+        measure_loss: bool,
         batch: int,
         max_tokens: int,
         prompt_lens: list[int],
@@ -54,7 +55,7 @@ class ModelLoop:
         if isinstance(action, Rescue):
             action.check(self.cache.policy)
             self.cache.raised_budget = action.budget
-        if guardian and guardian.needs_loss:
+        if measure_loss or (guardian and guardian.needs_loss):
             self.cache.watch_loss()
         self._cache_argument = cache_argument(model)
         self._attention_before: str | None = None

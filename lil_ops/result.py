@@ -37,7 +37,7 @@ class GenerationResult:
     step_times: seconds of each step, the prefill first. kv_bytes_peak: the most cache bytes in use at a time.
     lz77: the LZ77 curve: element i of an int array is the size in phrases of the first i + 1 new tokens.
     events: what a stop rule's action did, and when.
-    lost_bits: what attention lost in a step, on average (see `LilCache`); None where no stop rule asked for it.
+    lost_bits: what attention lost in a step, on average (see `LilCache`); None where nobody asked for it.
     kv_bytes: cache bytes of each sequence at its end. It gives none back before, so this is its peak.
     """
 

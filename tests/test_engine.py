@@ -117,6 +117,25 @@ def test_a_loss_aware_rule(model, requests):
     assert StopReason.GUARDIAN in {completion.stop_reason for completion in completions}
 
 
+@pytest.mark.parametrize("rule", [None, Guardian(8, 7), Guardian(8, 4, loss_aware=True)])
+def test_what_attention_lost_is_measured(model, requests, rule):
+    """For each sequence by itself, whoever was in its slot before; and nothing where nobody asks."""
+    options = {"policy": "quest", "budget": 32, "dense_layers": 0, "page_size": 8, "guardian": rule}
+    options["action"] = Rescue(limit=1) if rule else None
+    lost = []
+    completions = served(model, requests, measure_loss=True, **options)
+    for request, completion in zip(requests, completions, strict=True):
+        result = alone(model, request, measure_loss=True, **options)
+        check_same(completion, result)
+        assert completion.lost_bits == pytest.approx(result.lost_bits[0], rel=1e-4)
+        lost.append(completion.lost_bits)
+    assert len(set(lost)) > len(lost) // 2 and max(lost) > 0
+    if rule is None:
+        assert served(model, requests[:1], **options)[0].lost_bits is None
+        assert alone(model, requests[0], **options).lost_bits is None
+        assert alone(model, requests[0], measure_loss=True).lost_bits == [0]
+
+
 def test_pages_of_whole_sequences_are_taken_at_once_or_not_at_all(model):
     with Engine(model, slots=2, max_tokens=64, num_pages=5) as engine:
         engine.add(Request(prompts(20)[0], max_new_tokens=13))  # 32 tokens are cached: 2 pages

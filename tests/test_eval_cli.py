@@ -158,6 +158,19 @@ def test_what_a_stop_rule_brings_about(evaluate, tmp_path):
     assert_user_error_at_last(evaluate("--stop", "guardian+answer", "--limit", 1), "Answer: text: the chat template")
 
 
+@pytest.mark.parametrize("engine", [(), ["--engine"]])
+def test_losses_are_measured_where_the_policy_tells(engine, evaluate, tmp_path):
+    policies = ["--policy", "full,sink,quest:dense_layers=0", "--budget", 32, "--limit", 2, *engine]
+    assert evaluate(*policies, "--measure-loss")[0] == 0
+    lost = {
+        name: [record["lost_bits"] for record in read(tmp_path / "runs" / f"{name}.off.jsonl").records.values()]
+        for name in ("full", "sink-32", "quest-32-dense_layers=0")
+    }
+    assert lost["full"] == [0, 0] and lost["sink-32"] == [None, None]
+    assert all(bits > 0 for bits in lost["quest-32-dense_layers=0"])
+    assert_user_error_at_last(evaluate(*policies), "measure_loss")
+
+
 def test_the_same_command_again_runs_nothing(evaluate, monkeypatch, tmp_path):
     code, out, err = evaluate("--stop", f"off,{GUARDIAN}")
     assert (code, err) == (0, "") and "5 problems" in out and "dense, guardian:10:8" in out

@@ -85,6 +85,10 @@ def evaluate(
     engine: Annotated[
         bool, option(GENERATION, "Serve a batch by the engine: on CUDA a step is one graph.", "--engine")
     ] = False,
+    measure_loss: Annotated[
+        bool,
+        option(GENERATION, "Record what attention loses, for policies that tell it: quest, full.", "--measure-loss"),
+    ] = False,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         option(MODEL, "Of weights and KV cache.", show_default="the checkpoint's; float32 for GGUF"),
@@ -169,16 +173,17 @@ def _runner(
         with user_errors(ValueError):
             final = Answer.from_tokenizer(tokenizer, options["answer_text"], options["answer_tokens"])
     return Runner(
-        network,
-        tokenizer,
-        problems,
-        prompts,
-        checker,
-        loop_options,
-        options["seed"],
-        options["batch"],
-        final,
-        options["engine"],
+        model=network,
+        tokenizer=tokenizer,
+        problems=problems,
+        prompts=prompts,
+        checker=checker,
+        loop_options=loop_options,
+        seed=options["seed"],
+        batch=options["batch"],
+        answer=final,
+        engine=options["engine"],
+        measure_loss=options["measure_loss"],
     )
 
 
@@ -200,7 +205,7 @@ def _settings(runner: Runner, fingerprint: str, options: dict) -> dict:
         **{name: options[name] for name in ("model", "data", "template", "ignore_eos", "seed", "batch", "device")},
         **{name: options[name] for name in ("answer_text", "answer_tokens")},
         **{name: options[name] for name in LOOP_OPTIONS},
-        **({"engine": True} if options["engine"] else {}),
+        **{name: True for name in ("engine", "measure_loss") if options[name]},
         "answer_by": options["answer"],
         "chat": bool(runner.tokenizer.chat_template) if chat is None else chat,
         "dtype": str(runner.model.dtype).removeprefix("torch."),

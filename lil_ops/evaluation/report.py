@@ -210,7 +210,7 @@ def _loss(document: Document, runs: list[dict]) -> None:
     measured = [run for run in runs if run["lost_bits"]]
     document.add(Heading(3, "Information loss"))
     if not measured:
-        document.add(Paragraph("Left out: no run has measured it."))
+        document.add(Paragraph("Left out: no run has measured it (`lil-ops eval --measure-loss`)."))
         return
     rows = [[run["name"], str(run["lost_bits"].n), number(run["lost_bits"], 4)] for run in measured]
     document.add(Table(["run", "n", "bits lost a step, mean"], rows))

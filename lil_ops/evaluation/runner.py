@@ -22,6 +22,7 @@ from lil_ops.evaluation.answers import Checker
 from lil_ops.evaluation.data import Problem
 from lil_ops.evaluation.grid import Combination
 from lil_ops.evaluation.records import Writer
+from lil_ops.policies import POLICIES
 from lil_ops.stopping import StopReason
 from lil_ops.text import Detokenizer
 
@@ -47,7 +48,7 @@ class Outcome(NamedTuple):
 class Runner:
     """A model with its problems. ``prompts``: the ids of each. ``loop_options``: those of `DecodeLoop` that all
     combinations share, without the seed. engine: serve a batch by `Engine`, in which a sequence takes the pages of its
-    whole length at once, and losses are not recorded."""
+    whole length at once. measure_loss: of the policies that tell their loss."""
 
     model: object
     tokenizer: object
@@ -59,6 +60,7 @@ class Runner:
     batch: int
     answer: Answer | None = None  # what stop rules bring about that answer
     engine: bool = False
+    measure_loss: bool = False
 
     def check(self, combination: Combination) -> None:
         """Raise ValueError where some batch cannot be run: the longest prompt needs most, and a budget that is a share
@@ -171,7 +173,7 @@ class Runner:
                     steps_of_it = len(done.tokens) - 1
                     decode = now - first if steps_of_it else 0.0  # its end is known a step later than it came
                     outcomes[id(done.request)] = Outcome(
-                        done.tokens, done.stop_reason, done.kv_bytes, done.phrases, None, done.events,
+                        done.tokens, done.stop_reason, done.kv_bytes, done.phrases, done.lost_bits, done.events,
                         ttft=first - start, tbt=decode / max(steps_of_it, 1), jct=first - start + decode,
                     )  # fmt: skip
                 on_step(running, len(completions), steps + 1, now - before)
@@ -187,33 +189,30 @@ class Runner:
     def _engine(self, combination: Combination, batch: list[int]) -> Engine:
         options = dict(self.loop_options)
         max_tokens = max(len(self.prompts[i]) for i in batch) + options.pop("max_new_tokens")
-        return Engine(
-            self.model,
-            slots=len(batch),
-            max_tokens=max_tokens,
-            policy=combination.policy,
-            guardian=stops.parse(combination.stop),
-            action=stops.action(combination.stop, self.answer),
-            **options,
-            **combination.policy_options,
-        )
+        return Engine(self.model, slots=len(batch), max_tokens=max_tokens, **self._options_of(combination), **options)
 
     def _loop(self, combination: Combination, batch: list[int]) -> DecodeLoop:
         try:
             return DecodeLoop(
                 self.model,
                 [self.prompts[i] for i in batch],
-                policy=combination.policy,
-                guardian=stops.parse(combination.stop),
-                action=stops.action(combination.stop, self.answer),
                 # By problem: draws depend neither on the batch nor on the order of the problems.
                 seed=[seed_of(self.seed, self.problems[i].id) for i in batch],
+                **self._options_of(combination),
                 **self.loop_options,
-                **combination.policy_options,
             )
         # torch's allocators raise nothing more specific.
         except RuntimeError as error:
             raise ValueError(f"{combination.name}: no memory for {len(batch)} problems at once: {error}") from error
+
+    def _options_of(self, combination: Combination) -> dict:
+        return {
+            "policy": combination.policy,
+            "guardian": stops.parse(combination.stop),
+            "action": stops.action(combination.stop, self.answer),
+            "measure_loss": self.measure_loss and POLICIES[combination.policy].tells_loss,
+            **combination.policy_options,
+        }
 
 
 def seed_of(seed: int, id: str) -> int:
