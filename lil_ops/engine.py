@@ -131,7 +131,7 @@ class Engine(ModelLoop):
             options = compile if isinstance(compile, dict) else {}
             self._compiled = compiled(model, **options)
             self._step_cache = StepCache(self.cache.shape.num_layers)
-        self._prepared, self._taken, self._measured, self._closed = self._bookkeeping()
+        self._prepared, self._taken, self._closed = self._bookkeeping()
         if compile and model.device.type == "cuda":
             self.compile_bookkeeping(**options)
 
@@ -139,13 +139,15 @@ class Engine(ModelLoop):
             return torch.zeros(slots, *shape, dtype=dtype, device=self._device)
 
         # One entry a slot. What a step needs that changes from sequence to sequence is in tensors: a graph reads them.
-        self._tokens, self._output = ints(1, dtype=torch.int64), ints(max_tokens, dtype=torch.int64)
+        self._tokens, self._output = ints(1, dtype=torch.int64), ints(max_tokens)
         self._num_tokens, self._limit = ints(), ints()
         self._uniforms = ints(max_tokens, dtype=torch.float32)
         self._stop = ints() + StopReason.LENGTH  # nobody runs
         self._forced, self._forced_at, self._forced_len = ints(ANSWER_TOKENS, dtype=torch.int64), ints(), ints()
         self._raised_until, self._answering = ints(), ints(dtype=torch.bool)
-        self._phrases, self._bits, self._lost = ints(), ints(), ints(dtype=torch.float32)
+        self._lost = ints(dtype=torch.float32)
+        # What the host hears of each slot: code, tokens, size in phrases and in bits.
+        self._summary = torch.zeros(4, slots, dtype=torch.int32, device=self._device)
         self._tracker = Lz77Tracker(slots, max_tokens, self._vocab_size, self._device)
         self._watch = guardian.start(slots, self._device) if guardian else None
         self._slot = torch.arange(slots, device=self._device)
@@ -215,10 +217,7 @@ class Engine(ModelLoop):
         first = sample(logits, self._uniforms[row : row + 1, 0], **self._sampling)
         if self.cache.lost_bits is not None:
             self.cache.lost_bits.zero_()
-        # Rules look at all slots. Another may go on in spite of what its rule said of the token that it has.
-        codes = self._stop.clone()
         self._settle(first.repeat(len(self._slots)), self._slot == row)
-        torch.where(self._slot == row, self._stop, codes, out=self._stop)
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -267,13 +266,14 @@ class Engine(ModelLoop):
             yield from self.completed()
 
     def compile_bookkeeping(self, **options) -> None:
-        """torch.compile what a step does beside the model and the stop rule: some fifty small operations, which on a
-        GPU are a kernel each. ``compile`` does so on CUDA. options: of `torch.compile`. Before the first step."""
+        """torch.compile what a step does beside the model, its choice of a token and the stop rule: some fifty small
+        operations, which on a GPU are a kernel each. ``compile`` does so on CUDA. options: of `torch.compile`. Before
+        the first step."""
         parts = (compiled(part, **options) for part in self._bookkeeping())
-        self._prepared, self._taken, self._measured, self._closed = parts
+        self._prepared, self._taken, self._closed = parts
 
     def _bookkeeping(self) -> tuple[Callable, ...]:
-        return self._prepare, self._take, self._measure, self._close
+        return self._prepare, self._take, self._close
 
     def synchronize(self) -> None:
         """Wait until the device has done all that it was sent."""
@@ -297,60 +297,54 @@ class Engine(ModelLoop):
         running = self._stop == StopReason.RUNNING.value
         self._steps.advance(running)
         positions = (self._steps.positions - 1).clamp(min=0).long()[:, None]
-        draws = self._uniforms.gather(1, self._num_tokens.long()[:, None].clamp(max=self._uniforms.shape[1] - 1))
+        draws = self._uniforms.gather(1, self._num_tokens.long()[:, None])
         return running, positions, draws[:, 0]
 
     def _settle(self, chosen: torch.Tensor, active: torch.Tensor) -> None:
         """Take the token of each active slot, and decide who stops. Both ``[slots]``."""
-        counts, ended = self._taken(chosen, active)
+        counts, before = self._taken(chosen, active)
         phrases, bits = self._tracker.append(self._tokens, counts)
-        self._measured(phrases, bits, ended, active)
         if self._watch:
-            self._watch.check(
-                Progress(
-                    self._tokens[:, 0],
-                    self._phrases,
-                    self._bits,
-                    self._num_tokens,
-                    active,
-                    self.cache.lost_bits,
-                    self._stop,
-                )
-            )
-        self._closed(active)
+            lost = self.cache.lost_bits
+            self._watch.check(Progress(self._tokens[:, 0], phrases, bits, self._num_tokens, active, lost, self._stop))
+        self._closed(active, before, phrases, bits)
 
     # In this order: end of sequence, the rule, the length. A slot that has stopped keeps its reason.
 
     def _take(self, chosen: torch.Tensor, active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens into the output; how many each slot has taken, and who has ended by itself."""
+        """The tokens into the output, and the codes of those that end by themselves. How many tokens each slot has
+        taken, and the codes before."""
+        before = self._stop.clone()
         at = self._forced_at.clamp(max=ANSWER_TOKENS - 1).long()[:, None]
         forced = active & (self._forced_at < self._forced_len)
         chosen = torch.where(forced, self._forced.gather(1, at)[:, 0], chosen)
         self._forced_at += forced
         self._tokens.copy_(torch.where(active[:, None], chosen[:, None], self._tokens))
-        place = self._num_tokens.long()[:, None].clamp(max=self._output.shape[1] - 1)
-        self._output.scatter_(1, place, torch.where(active[:, None], self._tokens, self._output.gather(1, place)))
+        # Where a slot does not run, that is behind its output; it has room for the prompt as well.
+        self._output.scatter_(1, self._num_tokens.long()[:, None], self._tokens.int())
         self._num_tokens += active
-        return active.int(), (self._tokens == self._eos).any(1) & active & ~forced
-
-    def _measure(self, phrases: torch.Tensor, bits: torch.Tensor, ended: torch.Tensor, active: torch.Tensor) -> None:
-        self._phrases.copy_(phrases)
-        self._bits.copy_(bits)
-        if self.cache.lost_bits is not None:
-            self._lost += torch.where(active, self.cache.lost_bits, 0)
+        ended = (self._tokens == self._eos).any(1) & active & ~forced
         self._stop.masked_fill_(ended, StopReason.EOS.value)
+        return active.int(), before
 
-    def _close(self, active: torch.Tensor) -> None:
+    def _close(self, active: torch.Tensor, before: torch.Tensor, phrases: torch.Tensor, bits: torch.Tensor) -> None:
+        """Who goes on in spite of the rule, who is full, and what the host will hear."""
         running, guardian = StopReason.RUNNING.value, StopReason.GUARDIAN.value
         self._stop.masked_fill_(self._answering & (self._stop == guardian), running)
         full = active & (self._stop == running) & (self._num_tokens >= self._limit)
         self._stop.masked_fill_(full, StopReason.LENGTH.value)
+        # Rules look at all slots; one that took no token keeps its code.
+        self._stop.copy_(torch.where(active, self._stop, before))
+        if self.cache.lost_bits is not None:
+            self._lost += torch.where(active, self.cache.lost_bits, 0)
+        self._summary.copy_(torch.stack([self._stop, self._num_tokens, phrases, bits]))
 
     def _report(self) -> None:
-        """Send codes, counts and sizes to the host, behind what the device has to do."""
-        report, event = torch.stack([self._stop, self._num_tokens, self._phrases, self._bits]), None
-        if self._device.type == "cuda":
-            report = torch.empty(report.shape, dtype=report.dtype, pin_memory=True).copy_(report, non_blocking=True)
+        """Send the summary to the host, behind what the device has to do."""
+        on_gpu, event = self._device.type == "cuda", None
+        report = torch.empty(self._summary.shape, dtype=torch.int32, pin_memory=on_gpu)
+        report.copy_(self._summary, non_blocking=True)
+        if on_gpu:
             event = torch.cuda.Event()
             event.record()
         self._reports.append((self._reported, report, event))

@@ -39,13 +39,16 @@ def compiled(function: Callable, **options) -> Callable:
 
     from lil_ops.integrations.fuse_linears import FuseLinears
 
-    fused = {"freezing": True, "pre_grad_custom_pass": FuseLinears()} if isinstance(function, torch.nn.Module) else {}
+    # Small kernels that do not need each other's results become one.
+    settings = {"combo_kernels": True}
+    if isinstance(function, torch.nn.Module):
+        settings |= {"freezing": True, "pre_grad_custom_pass": FuseLinears()}
     function = torch.compile(function, **{"fullgraph": True, "dynamic": False} | options)
 
     def call(*arguments, **inputs):
         # The first call compiles. Dynamo counts the models and numbers of slots of a process together.
         unlimited = torch._dynamo.config.patch(recompile_limit=ENGINES, accumulated_recompile_limit=ENGINES)
-        with config.patch(fused), unlimited:
+        with config.patch(settings), unlimited:
             return function(*arguments, **inputs)
 
     return call
