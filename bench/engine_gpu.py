@@ -82,7 +82,7 @@ def prompts(batch: int, context: int) -> torch.Tensor:
     return torch.randint(0, 1000, (batch, context - STEPS), generator=generator)
 
 
-def engine(model: torch.nn.Module, batch: int, context: int, how: str, table: bool) -> dict:
+def engine(model: torch.nn.Module, batch: int, context: int, how: str, show: bool) -> dict:
     tokens = 3 * STEPS
     options = {
         "policy": "quest",
@@ -109,18 +109,25 @@ def engine(model: torch.nn.Module, batch: int, context: int, how: str, table: bo
             for _ in range(PROFILED):
                 served.step()
             torch.cuda.synchronize()
-    if table:
-        print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=22, max_name_column_width=70))
-    return {"tbt_us": round(seconds * 1e6, 1), "first_steps_s": round(first, 1)} | of_kernels(profile)
-
-
-def of_kernels(profile: torch.profiler.profile) -> dict:
-    """Microseconds of a step, and the longest gap; profiled steps are the last of a longer row."""
     kernels = sorted(
         (event.time_range.start, event.time_range.end, event.name)
         for event in profile.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     )
+    if show:
+        print_step(kernels[-len(kernels) // PROFILED :])
+    return {"tbt_us": round(seconds * 1e6, 1), "first_steps_s": round(first, 1)} | of_kernels(kernels)
+
+
+def print_step(kernels: list[tuple[float, float, str]]) -> None:
+    """The kernels in their order: when each begins and how long it runs, in microseconds. One that waits for those
+    ahead begins before they end."""
+    for start, end, name in kernels:
+        print(f"{start - kernels[0][0]:8.1f} {end - start:7.1f}  {name[:100]}")
+
+
+def of_kernels(kernels: list[tuple[float, float, str]]) -> dict:
+    """Microseconds of a step, and the longest gap; profiled steps are the last of a longer row."""
     stop = sum(end - start for start, end, name in kernels if "lz77" in name.lower() or "guardian" in name)
     ends = list(itertools.accumulate((end for _, end, _ in kernels), max))
     gaps = [max(0, start - end) for (start, _, _), end in zip(kernels[1:], ends, strict=False)]
@@ -165,7 +172,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--how", nargs="+", help="only these")
     parser.add_argument("--batches", nargs="+", type=int, help="only these")
-    parser.add_argument("--table", action="store_true", help="print the kernels that take most")
+    parser.add_argument("--kernels", action="store_true", help="print the kernels of a step in their order")
     parser.add_argument("--commit", default=None, help="where there is no repository")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -179,7 +186,7 @@ def main() -> None:
                 if how in ("generate", "static"):
                     found = generate(model, batch, context, how)
                 else:
-                    found = engine(model, batch, context, how, options.table)
+                    found = engine(model, batch, context, how, options.kernels)
             except Exception as error:
                 found = {"error": f"{type(error).__name__}: {error}".partition("\n")[0][:200]}
             torch._dynamo.reset()

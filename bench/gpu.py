@@ -6,8 +6,8 @@ names for building and testing; nothing is installed. Then ``test`` runs the ope
 device memory in long decodes (ARGUMENTS go to pytest, whose exit code is returned; LIL_RANDOM_CASES=10000 for so many
 random cases), ``sanitize`` runs some of them
 under each tool of compute-sanitizer (LIL_SANITIZER="memcheck racecheck" for some of the tools), ``bench`` runs
-bench/peers.py (ARGUMENTS go there), bench/policies_gpu.py, bench/linears_gpu.py and bench/engine_gpu.py, and
-``policies`` the second alone (ARGUMENTS go there). Tests run in several processes where pytest-xdist is there.
+bench/peers.py (ARGUMENTS go there), and lz77, policies, linears and engine_gpu.py there, and ``policies`` the third
+alone (ARGUMENTS go there). Tests run in several processes where pytest-xdist is there.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def main(arguments: list[str]) -> int:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     python = [sys.executable]
     tests = [*python, "-m", "pytest", *PROCESSES, *operator_tests()]
-    policies = [*python, str(ROOT / "bench" / "policies_gpu.py")]
-    engine, linears = ([*python, str(ROOT / "bench" / f"{name}_gpu.py")] for name in ("engine", "linears"))
+    names = "lz77", "policies", "linears", "engine"
+    lz77, policies, linears, engine = ([*python, str(ROOT / "bench" / f"{name}_gpu.py")] for name in names)
     if what == "bench":
-        commands = [[*python, str(ROOT / "bench" / "peers.py"), *arguments], policies, linears, engine]
+        commands = [[*python, str(ROOT / "bench" / "peers.py"), *arguments], lz77, policies, linears, engine]
     elif what == "policies":
         commands = [[*policies, *arguments]]
     elif what == "test":

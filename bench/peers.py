@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""The CUDA operators beside their peers, on one GPU: bench/peers.py [--quick] [--cases A:1:32768,...] [--lz77]
-[--out FILE]
+"""The CUDA operators beside their peers, on one GPU: bench/peers.py [--quick] [--cases A:1:32768,...] [--out FILE]
 
 Each figure is the median of CUDA-graph replays over enough distinct layers that L2 cannot help. Peers that are not
 installed, or cannot do a case, are left out. Writes JSON with device, versions, commit and every figure after each
@@ -9,7 +8,7 @@ case; prints each figure as it comes.
 Peers: FlashInfer (dense paged decode; sparse as one request a KV head; its top-k), torch.compile'd scoring,
 torch.topk, gather + scaled_dot_product_attention, FlexAttention. The best of each kind makes the pipeline that a user
 can assemble; what it needs in between (physical page ids, plans, block masks) is made outside the graph and not
-counted, and neither is its append. lz77_append has no peer on a GPU.
+counted, and neither is its append.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import argparse
 import datetime
 import inspect
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -34,7 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from report import report  # noqa: E402
-from sequences import INPUTS, VOCAB  # noqa: E402
 from timers import layer_us, read_bandwidth  # noqa: E402
 
 import lil_ops  # noqa: E402
@@ -346,127 +343,6 @@ def measure(name: tuple[str, int, int], with_peers: bool, bandwidth: float) -> d
     return case | {"limit": limit}
 
 
-HISTORY, SCRATCH_TOKENS, INTERVAL, STEPS = 1 << 16, 1 << 17, 250, 64
-EVERY_STEP = ("text-like", "random, vocabulary 50k", "random bits", "one repeated token")
-
-
-def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph
-
-
-def replay_us(graph: torch.cuda.CUDAGraph) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3
-
-
-class Parse:
-    """The parse of `batch` rows that go on with the same tokens; `part` is what a graph appends."""
-
-    def __init__(self, kind: str, batch: int, history: int, width: int, parts: int):
-        self.tokens = INPUTS[kind](SCRATCH_TOKENS)
-        self.state = lil_ops.lz77_state(batch, history + width * parts, "cuda")
-        self.part = torch.zeros(batch, width, dtype=torch.int32, device="cuda")
-        self.place = 0
-        if history:
-            self.append(self.take(history).expand(batch, history))
-
-    def take(self, count: int) -> torch.Tensor:
-        self.place += count
-        return self.tokens[self.place - count : self.place].cuda()
-
-    def append(self, tokens: torch.Tensor) -> torch.Tensor:
-        return lil_ops.lz77_append(self.state, tokens, None, VOCAB)[0]
-
-    def check(self) -> None:
-        phrases = self.append(self.part[:, :0]).unique().tolist()
-        assert phrases == [lil_ops._C.lz77_trace(self.tokens[: self.place].numpy(), VOCAB)[0][-1]]
-        lil_ops.check_errors()
-
-
-def lz77_step(kind: str, batch: int, cold: bool) -> float:
-    """The mean of steps of one token: in a run of them, or each after something else had the L2 cache."""
-    parse = Parse(kind, batch, HISTORY, STEPS, 24)
-    other = torch.empty(100 << 20 if cold else 0, dtype=torch.uint8, device="cuda")
-
-    def steps(append: bool) -> None:
-        for k in range(STEPS):
-            if cold:
-                other.fill_(k)
-            if append:
-                parse.append(parse.part[:, k : k + 1])
-
-    graph, without, times = captured(lambda: steps(True)), captured(lambda: steps(False)) if cold else None, []
-    for _ in range(24):
-        parse.part.copy_(parse.take(STEPS))
-        times.append((replay_us(graph) - (replay_us(without) if cold else 0)) / STEPS)
-    parse.check()
-    return statistics.mean(times[4:])
-
-
-def lz77_interval(kind: str) -> float:
-    parse, times = Parse(kind, 256, HISTORY, INTERVAL, 10), []
-    graph = captured(lambda: parse.append(parse.part))
-    for _ in range(10):
-        parse.part.copy_(parse.take(INTERVAL))
-        times.append(replay_us(graph))
-    parse.check()
-    return statistics.median(times[2:])
-
-
-def lz77_from_scratch(kind: str) -> float:
-    parse = Parse(kind, 1, 0, SCRATCH_TOKENS, 1)
-    parse.part.copy_(parse.take(SCRATCH_TOKENS))
-
-    def run() -> None:
-        parse.state.zero_()
-        parse.append(parse.part)
-
-    graph = captured(run)
-    times = [replay_us(graph) for _ in range(9)]
-    parse.check()
-    return statistics.median(times[2:])
-
-
-def lz77_run_end() -> float:
-    """The one token that ends a run of equal ones."""
-    parse = Parse("one repeated token", 1, HISTORY, 1, 1)
-    before, graph, times = parse.state.clone(), captured(lambda: parse.append(parse.part)), []
-    for _ in range(9):
-        parse.state.copy_(before)
-        times.append(replay_us(graph))
-    return statistics.median(times[2:])
-
-
-def lz77() -> list[dict]:
-    rows = []
-
-    def add(case: str, kind: str, us: float) -> None:
-        rows.append({"case": case, "tokens": kind, "us": round(us, 2)})
-        print(f"    {case:32} {kind:34} {us:9.2f} us", flush=True)
-
-    print("lz77_append", flush=True)
-    for kind in EVERY_STEP:
-        for batch in (1, 64):
-            for cold in (False, True):
-                case = f"one token, batch {batch}{', cold' if cold else ''}"
-                add(case, kind, lz77_step(kind, batch, cold))
-    for kind in EVERY_STEP:
-        add(f"{INTERVAL} tokens, batch 256", kind, lz77_interval(kind))
-        torch.cuda.empty_cache()
-    for kind in INPUTS:
-        add("128k tokens from scratch", kind, lz77_from_scratch(kind))
-    add("one token that ends a run of 64k", "one repeated token, then another", lz77_run_end())
-    return rows
-
-
 def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
@@ -482,11 +358,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the operators only, without peers")
     parser.add_argument("--cases", type=parse_cases, help="only these, SHAPE:BATCH:CONTEXT,...; kept only with --out")
-    parser.add_argument("--lz77", action="store_true", help="lz77_append only; kept only with --out")
     parser.add_argument("--out", type=Path, help=f"where the JSON goes; default {RESULT.relative_to(ROOT)}")
     parser.add_argument("--commit", default=_git("rev-parse", "--short", "HEAD"), help="where there is no repository")
     arguments = parser.parse_args()
-    out = arguments.out or (None if arguments.cases or arguments.lz77 else RESULT)
+    out = arguments.out or (None if arguments.cases else RESULT)
     start = time.perf_counter()
     bandwidth = read_bandwidth()
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "lil_ops": lil_ops.__version__}
@@ -509,10 +384,7 @@ def main() -> None:
             out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"    {time.perf_counter() - start:.0f} s so far", flush=True)
 
-    if not arguments.cases:
-        result["lz77"] = lz77()
-        keep()
-    for name in [] if arguments.lz77 else arguments.cases or CASES + SHORT:
+    for name in arguments.cases or CASES + SHORT:
         result["cases"].append(measure(name, not arguments.quick, bandwidth))
         keep()
     if out == RESULT:

@@ -49,8 +49,14 @@ SHORT = "The step reads 1024 tokens at most, dense all; append + dense does what
 FP8 = "float8 keys, values and summaries against bf16. Asked: 1.6x for attention at batch 32."
 OPERATORS = "*Four*: append, score, select and attend as calls of their own."
 PEERS = "Every peer, against our variant that does the same."
-LZ77 = """`lz77_append`, whole calls. One token: the mean of 1280 steps after a history of 64k; *cold*: before each step
-something else had the L2 cache. 250 tokens: after 64k too. From scratch: emptying the state is in it."""
+LZ77 = """## LZ77 on CUDA
+
+{device}; torch {torch}; {date}, commit {commit}; `{command}`. `lz77_append`, whole calls, microseconds. One token: the
+mean of 1280 steps after a history of 64k; *cold*: before each step something else had the L2 cache. 250 tokens: after
+64k too. From scratch: emptying the state is in it.
+
+| case | tokens | us | asked |
+| --- | --- | ---: | ---: |"""
 
 DECISIONS = """### Decisions of the policies
 
@@ -218,16 +224,15 @@ def cuda_lines(result: dict) -> list[str]:
     lines += _table("Operators", OPERATORS, columns, map(_operators, cases))
     rows = (row for case in cases for row in _peers(case))
     lines += _table("Peers", PEERS, "peer | us | peer / ours", rows, text_columns=1)
-    return lines + _lz77_lines(result.get("lz77", []))
+    return lines
 
 
-def _lz77_lines(rows: list[dict]) -> list[str]:
-    """Nothing where there are no rows."""
-    lines = ["", "### LZ77", "", LZ77, "", "| case | tokens | us | asked |", "| --- | --- | ---: | ---: |"]
-    for row in rows:
+def lz77_lines(result: dict) -> list[str]:
+    lines = [LZ77.format(**result, **result["versions"])]
+    for row in result["rows"]:
         asked = next((us for case, us in ASKED_LZ77.items() if row["case"].startswith(case)), None)
         lines.append(f"| {row['case']} | {row['tokens']} | {_cells([_at_most(row['us'], asked), asked])} |")
-    return lines if rows else []
+    return lines
 
 
 def _table(title: str, text: str, columns: str, rows: Iterable[list], text_columns: int = 0) -> list[str]:
@@ -333,7 +338,7 @@ def _time(us: float) -> str:
 
 def report() -> None:
     lines = ["# Performance", "", "Generated from `bench/results/*.json` by `bench/report.py`; do not edit.", "", ASKED]
-    makers = {"cpu": cpu_lines, "cuda": cuda_lines, "policies_cuda": policies_lines}
+    makers = {"cpu": cpu_lines, "cuda": cuda_lines, "policies_cuda": policies_lines, "lz77_cuda": lz77_lines}
     makers |= {
         "linears_cuda": linears_lines,
         "engine": engine_lines,

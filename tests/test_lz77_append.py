@@ -246,6 +246,18 @@ def test_long_sequences_agree_with_the_curve_in_pieces(device):
         assert (np.diff(phrases) >= 0).all() and (np.diff(phrases) <= 1).all()
 
 
+@pytest.mark.parametrize("vocab_size", [200, VOCAB, 2**31 - 1])
+@pytest.mark.parametrize("high", [16, 32, 16 << 3])
+def test_stretches_that_differ_in_high_bits_alone(device, vocab_size, high):
+    """Their low bits are copies of each other: small tokens, looked at by themselves, must not match large ones."""
+    small, other = random_tokens(1500, 3, seed=1), random_tokens(700, 12, seed=2)
+    tokens = small + [high + token for token in small] + other + small[200:] + [high + token for token in other] + small
+    for cuts in ([], [1400, 2900, 5000], [1024, 2048]):
+        sizes = feed(device, tokens, cuts, vocab_size, torch.int32)
+        curve = _C.lz77_trace(np.array(tokens), vocab_size)
+        assert sizes == [tuple(int(size[at - 1]) for size in curve) for at in (*cuts, len(tokens))]
+
+
 def test_strided_rows(device):
     wide = torch.randint(0, 3, (4, 50), device=device)
     for tokens in (wide[:, 5:25], wide[::2, :20], wide[:1, :20].expand(3, 20)):

@@ -9,6 +9,7 @@
 // ends where the furthest of the runs that begin at i or before ends. Then the phrases are a chain, which is followed
 // by doubling jumps.
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/backend.h"
 #include "cuda/cluster.cuh"
@@ -235,12 +236,14 @@ struct Tile {
   int32_t ends[32 * kTile], loaded[32 * kTile];  // of the best runs known, now and at the start
   Known known[kTile];
 
-  // New tokens are below 2^kPlanes - 1, so that old ones above (of another vocab_size) can be told from them.
-  __device__ static void load(uint4 (&to)[kVectors], const Row& row, int32_t word) {
+  // New tokens are below 2^kPlanes - 1, so that old ones above (of another vocab_size) can be told from them. Returns
+  // to each lane whether its plane is of the vectors behind the first and has bits.
+  __device__ static bool load(uint4 (&to)[kVectors], const Row& row, int32_t word) {
     const int32_t lane = threadIdx.x % 32, i = 32 * word + lane;
     const uint32_t token = i >= 0 && i < row.end ? row.token(i) : 0;
     const uint32_t plane = transpose(static_cast<uint64_t>(token) >> kPlanes ? kAll : token);
     if (lane < kPlanes) reinterpret_cast<uint32_t*>(to)[lane] = plane;
+    return lane >= 4 && plane != 0;
   }
 };
 
@@ -284,9 +287,10 @@ __device__ void match_distances(const Row& row, int32_t* ends, int32_t block, Ti
   for (int32_t word = first_word; word <= last_word;) {
     const int32_t words = min(kTile, last_word + 1 - word);
     tile_start = 32 * word;
-    for (int32_t k = warp; k < words; k += kMatchWarps) tile.load(tile.near[k], row, word + k);
+    bool wide = false;
+    for (int32_t k = warp; k < words; k += kMatchWarps) wide |= tile.load(tile.near[k], row, word + k);
     for (int32_t k = warp; k < words + kMatchWarps; k += kMatchWarps) {
-      tile.load(tile.far[k], row, word - first_group - kMatchWarps + k);
+      wide |= tile.load(tile.far[k], row, word - first_group - kMatchWarps + k);
     }
     for (int32_t k = warp; k < words; k += kMatchWarps) {
       const int32_t i = tile_start + 32 * k + lane;
@@ -302,31 +306,38 @@ __device__ void match_distances(const Row& row, int32_t* ends, int32_t block, Ti
       const int32_t least = __reduce_min_sync(kAll, is_new && reach > i ? min(reach - i + 1, 32) : 32);
       if (lane == 0) tile.known[k] = {unmatched, least};
     }
-    __syncthreads();
-    uint4 low[kVectors];
+    // Only the first of the vectors where all tokens of the tile are below 16.
+    const auto compare = [&](auto vectors) {
+      uint4 low[vectors];
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) low[v] = tile.far[kMatchWarps - 1 - warp][v];
-    for (int32_t k = 0; k < words; ++k, ++word) {
-      uint32_t differ = distance == 0 ? kAll : 0, last = 1u << 31;
+      for (int v = 0; v < vectors; ++v) low[v] = tile.far[kMatchWarps - 1 - warp][v];
+      for (int32_t k = 0; k < words; ++k, ++word) {
+        uint32_t differ = distance == 0 ? kAll : 0, last = 1u << 31;
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        differ |= differing(tile.near[k][v], tile.far[kMatchWarps + k - warp][v], low[v]);
-      }
-      equal = ~differ;
-      if (word <= group || word == first_word || word == last_word) {
-        if (word <= group) equal = word < group ? 0 : equal & kAll << lane;  // i >= distance
-        if (word == row.old / 32) {
-          const uint32_t old = (1u << row.old % 32) - 1;
-          equal = diagonal.in_run() ? equal | old : equal & ~old;
+        for (int v = 0; v < vectors; ++v) {
+          differ |= differing(tile.near[k][v], tile.far[kMatchWarps + k - warp][v], low[v]);
         }
-        if (word == last_word) {
-          last = 1u << (row.end - 1) % 32;
-          equal &= last | (last - 1);
+        equal = ~differ;
+        if (word <= group || word == first_word || word == last_word) {
+          if (word <= group) equal = word < group ? 0 : equal & kAll << lane;  // i >= distance
+          if (word == row.old / 32) {
+            const uint32_t old = (1u << row.old % 32) - 1;
+            equal = diagonal.in_run() ? equal | old : equal & ~old;
+          }
+          if (word == last_word) {
+            last = 1u << (row.end - 1) % 32;
+            equal &= last | (last - 1);
+          }
         }
+        const Known known = tile.known[k];
+        diagonal.step(equal, 32 * word, before, known, last, found);
+        before = known;
       }
-      const Known known = tile.known[k];
-      diagonal.step(equal, 32 * word, before, known, last, found);
-      before = known;
+    };
+    if (__syncthreads_or(wide)) {
+      compare(std::integral_constant<int, kVectors>{});
+    } else {
+      compare(std::integral_constant<int, 1>{});
     }
     __syncthreads();
     for (int32_t k = warp; k < words; k += kMatchWarps) {

@@ -59,7 +59,12 @@ class Diagonal {
   LIL_HOST_DEVICE uint32_t after_runs(uint32_t equal, int32_t length) const {
     uint64_t runs = static_cast<uint64_t>(equal) << 32 | last_;
     int32_t reached = 1;
-    for (; 2 * reached <= length; reached *= 2) runs &= runs << reached;
+#pragma unroll
+    for (int32_t doubled = 2; doubled <= 32; doubled *= 2) {
+      if (doubled > length) break;
+      runs &= runs << doubled / 2;
+      reached = doubled;
+    }
     runs &= runs << (length - reached);
     return static_cast<uint32_t>(runs << 1 >> 32);
   }
