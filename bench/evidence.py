@@ -96,6 +96,17 @@ def gsm8k(template: str, near: tuple[str, str]) -> dict[str, Set]:
     return {"": Set(options, [Part(*run.split()) for run in free]), "-ruled": Set(options, ruled)}
 
 
+def reasoning_gym() -> dict[str, Set]:
+    """Problems of a generator, with what attention loses: told by minmax as a bound, by meanstd as an estimate."""
+    options = [*GSM8K, "--max-new-tokens", "1024", "--measure-loss", "--template", ONCE]
+    free = {"quest": "64,128,256", "quest:scoring=meanstd": "64,128,256"}
+    free |= dict.fromkeys(("infllm", "h2o", "sink"), "128,256") | {"raas": "256,320"}
+    ruled = [Part("quest", budget, f"guardian:64:5,{ACTIONS}") for budget in ("64", "128")]
+    ruled.append(Part("full", stop=f"{FIXED},{ANSWER}"))
+    parts = [Part(policy, budget) for policy, budgets in free.items() for budget in budgets.split(",")]
+    return {"": Set(options, [*parts, Part("full")]), "-ruled": Set(options, ruled)}
+
+
 SETS = {
     name + end: found
     for name, both in {
@@ -103,6 +114,7 @@ SETS = {
         "tiny20": tiny(2500, "64,96,128", TINY20),
         "gsm8k": gsm8k(ONCE, ("64", "128")),
         "gsm8k-check": gsm8k(CHECKED, ("128", "256")),
+        "reasoning-gym": reasoning_gym(),
     }.items()
     for end, found in both.items()
 }
