@@ -346,6 +346,8 @@ def report() -> None:
         "jct_30k": jct_lines,
         "loss": loss_lines,
         "loss_qwen": loss_lines,
+        "loss_cuda": loss_lines,
+        "loss_qwen_cuda": loss_lines,
     }
     makers |= {"field": field_lines}
     for name, make in makers.items():

@@ -1,10 +1,10 @@
-"""docs/performance.md, section "Information loss", from bench/results/loss.json."""
+"""docs/performance.md, sections "Information loss", from bench/results/loss*.json."""
 
 from __future__ import annotations
 
-TEXT = """## Information loss: {models}
+TEXT = """## Information loss: {models}, {dtype}
 
-How near `information_loss` is to the truth: {device}, {dtype}; torch {torch}; {date}, commit {commit}; `{command}`. A
+How near `information_loss` is to the truth: {device}; torch {torch}; {date}, commit {commit}; `{command}`. A
 model reads {text} (windows: {prompts}) and goes on densely for {steps} steps. In each Quest chooses pages in every
 layer, by either kind of scores, and what they would miss is compared with what is told: a *bound* by `minmax`, an
 *estimate* by `meanstd`. *Sink*: tokens at the start that are always chosen. *True*: the share

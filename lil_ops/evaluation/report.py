@@ -212,6 +212,7 @@ def _loss(document: Document, runs: list[dict]) -> None:
     if not measured:
         document.add(Paragraph("Left out: no run has measured it (`lil-ops eval --measure-loss`)."))
         return
+    document.add(Paragraph("As the policy tells it: Quest by minmax at most so much, by meanstd as an estimate."))
     rows = [[run["name"], str(run["lost_bits"].n), number(run["lost_bits"], 4)] for run in measured]
     document.add(Table(["run", "n", "bits lost a step, mean"], rows))
 
