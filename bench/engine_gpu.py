@@ -27,7 +27,7 @@ import transformers as hf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run import command_line, commit
+from facts import add_commit, facts
 from timers import read_bandwidth
 
 from lil_ops import Engine, Guardian, Request
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--how", nargs="+", help="only these")
     parser.add_argument("--batches", nargs="+", type=int, help="only these")
     parser.add_argument("--kernels", action="store_true", help="print the kernels of a step in their order")
-    parser.add_argument("--commit", default=None, help="where there is no repository")
+    add_commit(parser)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     bandwidth, rows = read_bandwidth(), []
@@ -199,16 +199,8 @@ def main() -> None:
         del model
         gc.collect()
         torch.cuda.empty_cache()
-    facts = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": options.commit or commit(),
-        "device": torch.cuda.get_device_name(),
-        "read_gb_s": round(bandwidth / 1e9),
-        "versions": {"torch": torch.__version__, "transformers": hf.__version__},
-        "command": command_line(),
-    }
-    runs = [facts | {"budget": BUDGET, "rows": rows}]
-    options.out.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    run = facts(commit=options.commit) | {"read_gb_s": round(bandwidth / 1e9), "budget": BUDGET, "rows": rows}
+    options.out.write_text(json.dumps({"runs": [run]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

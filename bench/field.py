@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import datetime
 import hashlib
 import json
 import os
@@ -46,8 +45,8 @@ SCRATCH = ROOT / "build" / "field"
 RESULT = BENCH / "results" / "field.json"
 sys.path.insert(0, str(ROOT))
 
+from facts import cpu_name, current_commit, today  # noqa: E402
 from report import report  # noqa: E402
-from run import commit, cpu_name  # noqa: E402
 
 WORKERS = {"lil_ops": "field_lil.py", "kvpress": "field_kvpress.py", "R-KV": "field_rkv.py"}
 
@@ -286,7 +285,7 @@ def measure(task: Task, prompts, answers, model, tokenizer, pythons: dict, optio
         "prompts": prompts,
         "versions": versions,
         "sources": [(BENCH / file).read_text() for file in ("field_serve.py", *WORKERS.values())],
-        "commit": commit(),
+        "commit": current_commit(),
         "threads": options.threads,
     }
     file = SCRATCH / f"{task.name}{'-quick' if options.quick else ''}.jsonl"
@@ -362,8 +361,8 @@ def main() -> None:
         tasks["smollm2"] = measure(task, license_prompts(tokenizer)[:limit], None, model, tokenizer, pythons, arguments)
 
     result = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": commit(),
+        "date": today(),
+        "commit": current_commit(),
         "machine": {"cpu": cpu_name(), "threads": arguments.threads},
         "command": " ".join(["bench/field.py", *("..." if "/" in word else word for word in sys.argv[1:])]),
         "tasks": list(tasks.values()),

@@ -25,7 +25,7 @@ import transformers as hf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run import command_line, commit, cpu_name
+from facts import add_commit, facts
 
 import lil_ops
 from lil_ops import Engine, Guardian, Request
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=1024)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--out", type=Path, default=BENCH / "results" / "jct.json")
-    parser.add_argument("--commit", default=None, help="where there is no repository")
+    add_commit(parser)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     model, tokenizer = lil_ops.load_model(arguments.model, dtype=torch.bfloat16, device=arguments.device)
@@ -140,15 +140,7 @@ def main() -> None:
         arguments.problems :
     ]
     check, rows = checker("math"), []
-    facts = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": arguments.commit or commit(),
-        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else cpu_name(),
-        "model": Path(arguments.model).name,
-        "versions": {"torch": torch.__version__, "transformers": hf.__version__},
-        "command": command_line(),
-        "rows": rows,
-    }
+    result = facts(model.device, arguments.commit) | {"model": Path(arguments.model).name, "rows": rows}
     for context in arguments.contexts:
         prompts = [prompt_of(tokenizer, problem, solved, context) for problem in problems]
         for way in arguments.ways:
@@ -176,7 +168,7 @@ def main() -> None:
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
             rows.append(row)
-            arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
             print(row, flush=True)
 
 

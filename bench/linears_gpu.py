@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run import command_line, commit
+from facts import add_commit, facts
 from timers import layer_us, read_bandwidth
 
 import lil_ops
@@ -110,7 +109,7 @@ def measure(model: str, layer: str, rows: int, bandwidth: float) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=BENCH / "results" / "linears_cuda.json")
-    parser.add_argument("--commit", default=None, help="where there is no repository")
+    add_commit(parser)
     options = parser.parse_args()
     bandwidth, rows = read_bandwidth(), []
     with torch.inference_mode():
@@ -120,15 +119,7 @@ def main() -> None:
                     rows.append(measure(model, layer, count, bandwidth))
                     print(rows[-1], flush=True)
                     torch.cuda.empty_cache()
-    result = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": options.commit or commit(),
-        "device": torch.cuda.get_device_name(),
-        "read_gb_s": round(bandwidth / 1e9),
-        "versions": {"torch": torch.__version__, "lil_ops": lil_ops.__version__},
-        "command": command_line(),
-        "rows": rows,
-    }
+    result = facts(commit=options.commit) | {"read_gb_s": round(bandwidth / 1e9), "rows": rows}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -11,7 +11,6 @@ estimate from mean/deviation scores. Writes bench/results/loss.json, and docs/pe
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import sys
 from pathlib import Path
@@ -21,8 +20,8 @@ import torch
 BENCH = Path(__file__).resolve().parent
 sys.path.insert(0, str(BENCH.parent))
 
+from facts import add_commit, facts  # noqa: E402
 from report import report  # noqa: E402
-from run import command_line, commit, cpu_name  # noqa: E402
 
 import lil_ops  # noqa: E402
 from lil_ops import ops  # noqa: E402
@@ -92,7 +91,7 @@ def main() -> None:
     parser.add_argument("--sinks", type=int, nargs="+", default=[0, 16], help="tokens at the start, always chosen")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--commit", help="where there is no repository")
+    add_commit(parser)
     parser.add_argument("--out", type=Path, default=RESULT, help="elsewhere: docs/performance.md is left alone")
     options = parser.parse_args()
     cases = []
@@ -108,15 +107,9 @@ def main() -> None:
                 for row in measure(model, prompts, scoring, choices, options.steps):
                     cases.append({"model": Path(folder).name, "tokens": tokens, **row})
                     print({key: value for key, value in cases[-1].items() if key != "layers"}, flush=True)
-    facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": options.commit or commit(),
-        "command": command_line(),
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else cpu_name(),
-        "torch": torch.__version__,
-        "text": options.text.name,
-    } | {key: getattr(options, key) for key in ("dtype", "prompts", "steps")}
-    options.out.write_text(json.dumps(facts | {"cases": cases}, indent=1) + "\n")
+    of_run = {key: getattr(options, key) for key in ("dtype", "prompts", "steps")} | {"text": options.text.name}
+    result = facts(options.device, options.commit) | of_run | {"cases": cases}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
     if options.out == RESULT:
         report()
 

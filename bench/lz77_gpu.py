@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,8 +20,8 @@ import torch
 BENCH = Path(__file__).resolve().parent
 sys.path.insert(0, str(BENCH.parent))
 
+from facts import add_commit, facts  # noqa: E402
 from report import report  # noqa: E402
-from run import command_line, commit  # noqa: E402
 from sequences import INPUTS, VOCAB  # noqa: E402
 
 import lil_ops  # noqa: E402
@@ -151,16 +150,10 @@ def measure() -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULT, help="elsewhere: docs/performance.md is left alone")
-    parser.add_argument("--commit", default=commit(), help="where there is no repository")
+    add_commit(parser)
     options = parser.parse_args()
-    facts = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": options.commit,
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__},
-        "command": command_line(),
-    }
-    options.out.write_text(json.dumps(facts | {"rows": measure()}, indent=1) + "\n")
+    result = facts(commit=options.commit) | {"rows": measure()}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
     if options.out == RESULT:
         report()
 

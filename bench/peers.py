@@ -14,10 +14,8 @@ counted, and neither is its append.
 from __future__ import annotations
 
 import argparse
-import datetime
 import inspect
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +29,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from facts import add_commit, facts  # noqa: E402
 from report import report  # noqa: E402
 from timers import layer_us, read_bandwidth  # noqa: E402
 
@@ -343,10 +342,6 @@ def measure(name: tuple[str, int, int], with_peers: bool, bandwidth: float) -> d
     return case | {"limit": limit}
 
 
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
 def parse_cases(text: str) -> list[tuple[str, int, int]]:
     cases = [(shape, int(batch), int(context)) for shape, batch, context in (c.split(":") for c in text.split(","))]
     if any(shape not in SHAPES or context % PAGE_SIZE for shape, _, context in cases):
@@ -359,23 +354,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the operators only, without peers")
     parser.add_argument("--cases", type=parse_cases, help="only these, SHAPE:BATCH:CONTEXT,...; kept only with --out")
     parser.add_argument("--out", type=Path, help=f"where the JSON goes; default {RESULT.relative_to(ROOT)}")
-    parser.add_argument("--commit", default=_git("rev-parse", "--short", "HEAD"), help="where there is no repository")
+    add_commit(parser)
     arguments = parser.parse_args()
     out = arguments.out or (None if arguments.cases else RESULT)
     start = time.perf_counter()
     bandwidth = read_bandwidth()
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "lil_ops": lil_ops.__version__}
-    if flashinfer:
-        versions["flashinfer"] = flashinfer.__version__
-    result = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": arguments.commit,
-        "device": torch.cuda.get_device_name(),
-        "read_gb_s": round(bandwidth / 1e9),
-        "versions": versions,
-        "command": "make bench-gpu",
-        "cases": [],
-    }
+    result = facts(commit=arguments.commit) | {"read_gb_s": round(bandwidth / 1e9), "cases": []}
 
     def keep() -> None:
         torch.cuda.empty_cache()

@@ -11,7 +11,6 @@ commit and every figure; prints each as it comes.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import sys
 import time
@@ -23,9 +22,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from facts import add_commit, facts  # noqa: E402
 from policy_case import BUDGET, CONTEXTS, HEAD_DIM, KV_HEADS, NAMES, PAGE_SIZE, DenseCase, PolicyCase  # noqa: E402
 from report import report  # noqa: E402
-from run import commit  # noqa: E402
 from timers import layer_us  # noqa: E402
 
 import lil_ops  # noqa: E402
@@ -120,18 +119,12 @@ def measure(batch: int, context: int, names: list[str]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes")
-    parser.add_argument("--commit", default=commit(), help="where there is no repository")
+    add_commit(parser)
     parser.add_argument("--policies", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help="these alone")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    result = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": arguments.commit,
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "lil_ops": lil_ops.__version__},
-        "command": "make bench-gpu",
-        "cases": [measure(*case, arguments.policies) for case in CASES],
-    }
+    cases = [measure(*case, arguments.policies) for case in CASES]
+    result = facts(commit=arguments.commit) | {"cases": cases}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{time.perf_counter() - start:.0f} s")

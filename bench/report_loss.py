@@ -28,7 +28,7 @@ def loss_lines(result: dict) -> list[str]:
     shares = (_row(*key, *_shares(**scorings)) for key, scorings in cases.items())
     bits = (_row(*key, *_bits(**scorings)) for key, scorings in cases.items())
     models = ", ".join(dict.fromkeys(model for model, *_ in cases))
-    lines = [TEXT.format(models=models, **result), "", *_head(SHARES), *shares]
+    lines = [TEXT.format(models=models, **result, **result["versions"]), "", *_head(SHARES), *shares]
     return [*lines, "", BITS, "", *_head("true | told | estimate: true | told"), *bits, *_layer_lines(cases)]
 
 

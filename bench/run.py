@@ -8,14 +8,13 @@ the machine that the file is of.
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from facts import cpu_name, current_commit, today
 from report import report
 
 BENCH = Path(__file__).resolve().parent
@@ -47,7 +46,7 @@ def run(arguments: list[str]) -> None:
         cases.setdefault(info.pop("case"), []).append(row | info)
     RESULT.parent.mkdir(exist_ok=True)
     if arguments:
-        result["again"] |= dict.fromkeys(cases, commit())
+        result["again"] |= dict.fromkeys(cases, current_commit())
     result["cases"] = result.get("cases", {}) | cases
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -58,35 +57,12 @@ def stamp(command: str, threads: int) -> dict:
 
     build = lil_ops.build_info()
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": commit(),
+        "date": today(),
+        "commit": current_commit(),
         "machine": {"cpu": cpu_name(), "threads": threads, "isa": build["isa"]},
         "versions": {name: build[name] for name in ("lil_ops", "python", "torch")},
         "command": command,
     }
-
-
-def commit() -> str:
-    """The commit that was measured; a + behind it says that the sources were changed since."""
-    return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "csrc", "lil_ops") else "")
-
-
-def command_line() -> str:
-    """How this script was started; of absolute paths, which are of one machine, the last part."""
-    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
-    return " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *words])
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=BENCH, capture_output=True, text=True).stdout.strip()
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -44,8 +44,9 @@ def test_a_model_and_its_report(bench):
     # The same dense steps under both scorings; a larger budget misses less.
     for few, more in zip(cases[::4], cases[2::4], strict=True):
         assert more["true_bits"] < few["true_bits"]
-    names = ("device", "dtype", "torch", "date", "commit", "command", "prompts", "text", "steps")
-    lines = bench("report_loss").loss_lines(dict.fromkeys(names, "-") | {"cases": cases})
+    names = ("device", "dtype", "date", "commit", "command", "prompts", "text", "steps")
+    facts = dict.fromkeys(names, "-") | {"versions": {"torch": "-"}}
+    lines = bench("report_loss").loss_lines(facts | {"cases": cases})
     by_case = [line for line in lines if line.startswith("| tiny | 300 | 16 | 32 |")]
     assert len(by_case) == 2 and f"{cases[1]['true_bits']:.2f} | {cases[1]['told_bits']:.2f}" in by_case[1]
     table = lines[next(i for i, line in enumerate(lines) if line.startswith("| layer |")) :]

@@ -55,7 +55,7 @@ class Diagonal {
 
   LIL_HOST_DEVICE static int32_t top(uint32_t bits, int32_t base) { return base + 31 - leading_zeros(bits); }
 
-  // Places right after at least `length` equal ones.
+  // Places right after at least `length` equal ones, 32 at most. Unrolled, so that it shifts by constants.
   LIL_HOST_DEVICE uint32_t after_runs(uint32_t equal, int32_t length) const {
     uint64_t runs = static_cast<uint64_t>(equal) << 32 | last_;
     int32_t reached = 1;
