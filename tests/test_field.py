@@ -1,8 +1,6 @@
 """What bench/field.py makes of outputs; its workers are not run."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +9,8 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 
 
 @pytest.fixture(scope="module")
-def field():
-    sys.path.insert(0, str(BENCH))
-    yield importlib.import_module("field")
-    sys.path.remove(str(BENCH))
+def field(bench):
+    return bench("field")
 
 
 def test_quality_compares_answers_with_dense_and_with_the_truth(field):

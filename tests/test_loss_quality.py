@@ -1,21 +1,7 @@
 """What bench/loss_quality.py finds on a tiny model, and what bench/report_loss.py makes of it."""
 
-import importlib
-import sys
-from pathlib import Path
-
-import pytest
 import torch
 from tiny_models import build, prompts
-
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-
-
-@pytest.fixture(scope="module")
-def bench():
-    sys.path.insert(0, str(BENCH))
-    yield importlib.import_module
-    sys.path.remove(str(BENCH))
 
 
 def test_figures_by_layer_and_in_bits(bench):
