@@ -93,6 +93,22 @@ class InPlace(Block):
         return y
 
 
+class Overwritten(Block):
+    """Something is written between a layer and what it would take along, or be merged with."""
+
+    def forward(self, x):
+        x = x * 1
+        y = self.o(self.norms[0](x))
+        x.mul_(2)
+        y = y + x
+        gate, up = self.gate(y), None
+        y += 1
+        up = self.up(y)
+        z = self.down(self.act(gate) * up)
+        y[:, :, 0] = 0
+        return z + y
+
+
 class Head(torch.nn.Module):
     """The last hidden state's logits, as transformers slices it."""
 
@@ -180,6 +196,7 @@ ALL = [{"norm"}, {"residual"}, {"norm", "gated"}, {"residual"}]
         (module_of(Interleaved), [set()], 0),
         (module_of(Flat), [set()], 0),
         (module_of(InPlace), ALL, 0),
+        (module_of(Overwritten), [set(), set()], 2),
     ],
 )
 def test_what_is_taken_along(module, want, left):

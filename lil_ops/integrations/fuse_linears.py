@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import lil_ops  # noqa: F401  (the operator)
 from lil_ops.integrations import merge_linears
-from lil_ops.integrations.merge_linears import MergeLinears, arguments, outputs, parameter, replace
+from lil_ops.integrations.merge_linears import MergeLinears, arguments, outputs, parameter, replace, writes
 
 MAX_ROWS = 8  # of decode_linear
 
@@ -33,7 +33,8 @@ class FuseLinears(CustomGraphPass):
     - the gate of a gated MLP, ``silu(gate(x)) * up(x)``,
     - the addition of the residual, the only use of its output.
 
-    A pass as `MergeLinears` is one. has_kernel: whether the operator takes this input, with a norm or without.
+    A layer stays where something is written in place between its input and the last of what it would take along. A pass
+    as `MergeLinears` is one. has_kernel: whether the operator takes this input, with a norm or without.
     """
 
     def __init__(self, has_kernel: Callable[[torch.Tensor, bool], bool] = has_kernel):
@@ -41,10 +42,11 @@ class FuseLinears(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         MergeLinears()(graph)
+        written = writes(graph)
         for node in graph.find_nodes(op="call_function", target=F.linear):
             if self._fits(node):
                 x = value_of(arguments(node)[0])
-                fuse(graph, node, self.has_kernel(x, True))
+                fuse(graph, node, self.has_kernel(x, True), written)
 
     def _fits(self, linear: Node) -> bool:
         x, weight, _ = arguments(linear)
@@ -59,7 +61,7 @@ class FuseLinears(CustomGraphPass):
         return get_hash_for_files((__file__, merge_linears.__file__))
 
 
-def fuse(graph: Graph, linear: Node, with_norm: bool) -> None:
+def fuse(graph: Graph, linear: Node, with_norm: bool, written: list[Node]) -> None:
     """Put one `decode_linear` in the place of this node and of what it takes with it."""
     x, weight, bias = arguments(linear)
     options, last = {}, linear
@@ -75,6 +77,8 @@ def fuse(graph: Graph, linear: Node, with_norm: bool) -> None:
     added = addition(last)
     if added is not None:
         last, options["residual"] = added
+    if any(x < node < max([last, *(each.rotated for each in rotations)]) for node in written):
+        return
     with graph.inserting_before(last):
         fused = graph.call_function(torch.ops.lil.decode_linear.default, (x, weight, bias), options)
         value = value_of(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from itertools import accumulate
 from operator import attrgetter
@@ -11,23 +12,30 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 from torch.nn import functional as F
 
+# x += y and its like.
+AUGMENTED = {
+    value for name, value in vars(operator).items() if name.startswith("i") and hasattr(operator, f"__{name}__")
+}
+AUGMENTED -= {operator.index, operator.inv, operator.invert}
+
 
 class MergeLinears(CustomGraphPass):
     """Replaces the linear layers that share an input (query, key and value; gate and up) by one, and slices of it.
 
     A pass of torch.compile over its graph of torch functions, ``torch._inductor.config.pre_grad_custom_pass``, for
     frozen weights: they are concatenated in the graph, and freezing does that once, at compilation. Layers with a bias
-    and layers without are merged apart.
+    and layers without are merged apart. Where something is written in place between them, their input may not be the
+    same: they stay.
     """
 
     def __call__(self, graph: Graph) -> None:
-        groups = defaultdict(list)
+        groups, written = defaultdict(list), writes(graph)
         for node in graph.find_nodes(op="call_function", target=F.linear):
             x, weight, bias = arguments(node)
             if all(parameter is None or parameter.op == "get_attr" for parameter in (weight, bias)):
                 groups[x, bias is None].append(node)
         for nodes in groups.values():
-            if len(nodes) > 1:
+            if len(nodes) > 1 and not any(nodes[0] < node < nodes[-1] for node in written):
                 merge(graph, nodes)
 
     def uuid(self) -> bytes:
@@ -48,6 +56,20 @@ def merge(graph: Graph, nodes: list[Node]) -> None:
         ]
     for node, part in zip(nodes, slices, strict=True):
         replace(node, part)
+
+
+def writes(graph: Graph) -> list[Node]:
+    """The calls that change a tensor in place: ``x.add_(y)``, ``x += y``, ``x[i] = y``, ``out=x``, ``inplace=True``."""
+    return [node for node in graph.nodes if node.op in ("call_method", "call_function") and is_write(node)]
+
+
+def is_write(node: Node) -> bool:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    marked = name.endswith("_") and not name.endswith("__") and target not in (operator.and_, operator.or_)
+    return bool(marked or target in AUGMENTED or target is operator.setitem or node.kwargs.keys() & {"out", "inplace"})
 
 
 def replace(node: Node, by: Node) -> None:
