@@ -176,7 +176,7 @@ def main() -> None:
     add_commit(parser)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    bandwidth, rows = read_bandwidth(), []
+    of_run, bandwidth, rows = facts(commit=options.commit), read_bandwidth(), []
     for shape in options.shapes:
         model = model_of(shape)
         for batch, context, how in CASES[shape]:
@@ -199,7 +199,7 @@ def main() -> None:
         del model
         gc.collect()
         torch.cuda.empty_cache()
-    run = facts(commit=options.commit) | {"read_gb_s": round(bandwidth / 1e9), "budget": BUDGET, "rows": rows}
+    run = of_run | {"read_gb_s": round(bandwidth / 1e9), "budget": BUDGET, "rows": rows}
     options.out.write_text(json.dumps({"runs": [run]}, indent=1) + "\n")
 
 

@@ -53,7 +53,8 @@ def command_line() -> str:
     """How the script was started, but for where its result goes; of absolute paths, which are of one machine, the last
     part."""
     words = sys.argv[1:]
-    kept = [word for i, word in enumerate(words) if word not in WHERE and (i == 0 or words[i - 1] not in WHERE)]
+    values = {i + 1 for i, word in enumerate(words) if word in WHERE}
+    kept = [word for i, word in enumerate(words) if i not in values and word.partition("=")[0] not in WHERE]
     kept = [Path(word).name if word.startswith("/") else word for word in kept]
     return " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *kept])
 

@@ -6,8 +6,8 @@ names for building and testing; nothing is installed. Then ``test`` runs the ope
 device memory in long decodes (ARGUMENTS go to pytest, whose exit code is returned; LIL_RANDOM_CASES=10000 for so many
 random cases), ``sanitize`` runs some of them
 under each tool of compute-sanitizer (LIL_SANITIZER="memcheck racecheck" for some of the tools), ``bench`` runs
-bench/peers.py (ARGUMENTS go there), and lz77, policies, linears and engine_gpu.py there, and ``policies`` the third
-alone (ARGUMENTS go there). Tests run in several processes where pytest-xdist is there.
+bench/peers.py (ARGUMENTS go there), lz77_gpu.py, policies_gpu.py, linears_gpu.py and engine_gpu.py, and ``policies``
+policies_gpu.py alone (ARGUMENTS go there). Tests run in several processes where pytest-xdist is there.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=BENCH / "results" / "linears_cuda.json")
     add_commit(parser)
     options = parser.parse_args()
-    bandwidth, rows = read_bandwidth(), []
+    of_run, bandwidth, rows = facts(commit=options.commit), read_bandwidth(), []
     with torch.inference_mode():
         for model in MODELS:
             for layer in MODELS[model]:
@@ -119,7 +119,7 @@ def main() -> None:
                     rows.append(measure(model, layer, count, bandwidth))
                     print(rows[-1], flush=True)
                     torch.cuda.empty_cache()
-    result = facts(commit=options.commit) | {"read_gb_s": round(bandwidth / 1e9), "rows": rows}
+    result = of_run | {"read_gb_s": round(bandwidth / 1e9), "rows": rows}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

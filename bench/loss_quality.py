@@ -94,7 +94,7 @@ def main() -> None:
     add_commit(parser)
     parser.add_argument("--out", type=Path, default=RESULT, help="elsewhere: docs/performance.md is left alone")
     options = parser.parse_args()
-    cases = []
+    cases, of_run = [], facts(options.device, options.commit)
     for folder in options.models:
         model, tokenizer = lil_ops.load_model(folder, dtype=getattr(torch, options.dtype), device=options.device)
         ids = tokenizer(options.text.read_text(encoding="utf-8")).input_ids
@@ -107,8 +107,8 @@ def main() -> None:
                 for row in measure(model, prompts, scoring, choices, options.steps):
                     cases.append({"model": Path(folder).name, "tokens": tokens, **row})
                     print({key: value for key, value in cases[-1].items() if key != "layers"}, flush=True)
-    of_run = {key: getattr(options, key) for key in ("dtype", "prompts", "steps")} | {"text": options.text.name}
-    result = facts(options.device, options.commit) | of_run | {"cases": cases}
+    of_run |= {key: getattr(options, key) for key in ("dtype", "prompts", "steps")} | {"text": options.text.name}
+    result = of_run | {"cases": cases}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     if options.out == RESULT:
         report()

@@ -152,8 +152,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT, help="elsewhere: docs/performance.md is left alone")
     add_commit(parser)
     options = parser.parse_args()
-    result = facts(commit=options.commit) | {"rows": measure()}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    of_run = facts(commit=options.commit)
+    options.out.write_text(json.dumps(of_run | {"rows": measure()}, indent=1) + "\n")
     if options.out == RESULT:
         report()
 

@@ -123,8 +123,8 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help="these alone")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    cases = [measure(*case, arguments.policies) for case in CASES]
-    result = facts(commit=arguments.commit) | {"cases": cases}
+    of_run = facts(commit=arguments.commit)
+    result = of_run | {"cases": [measure(*case, arguments.policies) for case in CASES]}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{time.perf_counter() - start:.0f} s")

@@ -16,6 +16,7 @@ def facts(bench):
         ([], ""),
         (["--data", "/home/me/problems.jsonl", "--steps", "4"], " --data problems.jsonl --steps 4"),
         (["--commit", "abc", "--steps", "4", "--out", "/tmp/result.json", "--quick"], " --steps 4 --quick"),
+        (["--commit=abc", "--quick"], " --quick"),
     ],
 )
 def test_a_command_without_its_place(facts, given, want, monkeypatch):

@@ -101,7 +101,7 @@ class Overwritten(Block):
         y = self.o(self.norms[0](x))
         x.mul_(2)
         y = y + x
-        gate, up = self.gate(y), None
+        gate = self.gate(y)
         y += 1
         up = self.up(y)
         z = self.down(self.act(gate) * up)
@@ -179,6 +179,7 @@ ALL = [{"norm"}, {"residual"}, {"norm", "gated"}, {"residual"}]
     [
         (module_of(Block), ALL, 0),
         (module_of(Block, bias=False), ALL, 0),
+        (module_of(Block, act=torch.nn.SiLU()), ALL, 0),
         (module_of(Block, act=F.gelu), [{"norm"}, {"residual"}, {"norm"}, {"residual"}], 0),
         (module_of(Block, norm=lambda: Norm(shift=1.0)), [set(), {"residual"}, {"gated"}, {"residual"}], 0),
         (module_of(Block, norm=lambda: Norm(shape=(1, WIDTH))), [set(), {"residual"}, {"gated"}, {"residual"}], 0),

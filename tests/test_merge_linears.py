@@ -37,6 +37,34 @@ class Products(Layers):
         return [F.linear(x, x), F.linear(x, x + 1), *(layer(x) for layer in self.layers)]
 
 
+class Overwritten(Layers):
+    """The input changes between its layers, in the way that `write` does it."""
+
+    def __init__(self, write):
+        super().__init__([True, True])
+        self.write = write
+
+    def forward(self, x):
+        a, b = self.layers
+        x = x * 1
+        first = a(x)
+        self.write(x)
+        return [first, b(x)]
+
+
+def assign(x):
+    x[:, 0] = 1
+
+
+def add(x):
+    x += 1
+
+
+@torch.library.custom_op("lil_test::double", mutates_args=("x",))
+def double(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
 class Repeated(Layers):
     def forward(self, x):
         (layer,) = self.layers
@@ -71,6 +99,15 @@ def merged(module, x):
         (Chain([True, True]), 2),
         (Products([True, True]), 3),
         (Repeated([True]), 1),
+        (Overwritten(lambda x: F.relu(x)), 1),
+        (Overwritten(lambda x: F.relu(x, inplace=False)), 1),
+        (Overwritten(lambda x: F.relu(x, True)), 2),
+        (Overwritten(lambda x: x.clamp_(min=0)), 2),
+        (Overwritten(lambda x: torch.exp(x, out=x)), 2),
+        (Overwritten(assign), 2),
+        (Overwritten(add), 2),
+        (Overwritten(torch.ops.lil_test.double), 2),
+        (Overwritten(torch.ops.lil_test.double.default), 2),
     ],
 )
 def test_layers_of_one_input(module, left):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections import defaultdict
 from itertools import accumulate
@@ -12,11 +13,12 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 from torch.nn import functional as F
 
-# x += y and its like.
-AUGMENTED = {
-    value for name, value in vars(operator).items() if name.startswith("i") and hasattr(operator, f"__{name}__")
+# x[i] = y, x += y and its like.
+WRITES = {
+    operator.setitem,
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
+    *(operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
 }
-AUGMENTED -= {operator.index, operator.inv, operator.invert}
 
 
 class MergeLinears(CustomGraphPass):
@@ -59,7 +61,8 @@ def merge(graph: Graph, nodes: list[Node]) -> None:
 
 
 def writes(graph: Graph) -> list[Node]:
-    """The calls that change a tensor in place: ``x.add_(y)``, ``x += y``, ``x[i] = y``, ``out=x``, ``inplace=True``."""
+    """The calls that change a tensor in place: ``x.add_(y)``, ``x += y``, ``out=x``, ``relu(x, inplace=True)``, and
+    operators whose schema says so."""
     return [node for node in graph.nodes if node.op in ("call_method", "call_function") and is_write(node)]
 
 
@@ -67,9 +70,18 @@ def is_write(node: Node) -> bool:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = (getattr(target, name) for name in target.overloads() if "out" not in name)
+        return "out" in node.kwargs or any(overload._schema.is_mutable for overload in overloads)
+    if getattr(target, "__module__", None) == operator.add.__module__:
+        return target in WRITES
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    marked = name.endswith("_") and not name.endswith("__") and target not in (operator.and_, operator.or_)
-    return bool(marked or target in AUGMENTED or target is operator.setitem or node.kwargs.keys() & {"out", "inplace"})
+    try:
+        given = inspect.signature(target).bind(*node.args, **node.kwargs).arguments
+    except (TypeError, ValueError):  # a method's name, or a function of C++
+        given = node.kwargs
+    marked = name.endswith("_") and not name.endswith("__")
+    return marked or given.get("out") is not None or bool(given.get("inplace"))
 
 
 def replace(node: Node, by: Node) -> None:
