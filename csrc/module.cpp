@@ -1,4 +1,4 @@
-// lil_ops._C: what the dispatcher cannot express. Build facts, and host tools on numpy arrays. No torch here.
+// lil_ops._C: what the dispatcher cannot express. Build facts, limits, and host tools on numpy arrays. No torch here.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -8,6 +8,7 @@
 #include <string>
 
 #include "lz77.h"
+#include "params.h"
 
 namespace py = pybind11;
 
@@ -76,7 +77,8 @@ py::tuple lz77_trace(const py::array& input, int64_t vocab_size) {
 }  // namespace lil
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build facts and numpy-facing host tools of lil_ops.";
+  m.doc() = "Build facts, limits of operators and numpy-facing host tools of lil_ops.";
+  m.attr("MAX_LINEAR_ROWS") = lil::kMaxLinearRows;  // of decode_linear
   m.def("build_facts", &lil::build_facts,
         "Compiler, CUDA version (None: built without), CUDA architectures and CPU instruction sets of this build.");
   m.def("lz77_state_size", &lil::lz77_state_size, py::arg("capacity"),

@@ -11,11 +11,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 from torch.nn import functional as F
 
-import lil_ops  # noqa: F401  (the operator)
+from lil_ops import _C  # the operator, too
 from lil_ops.integrations import merge_linears
 from lil_ops.integrations.merge_linears import MergeLinears, arguments, outputs, parameter, replace, writes
-
-MAX_ROWS = 8  # of decode_linear
 
 
 def has_kernel(x: torch.Tensor, norm: bool) -> bool:
@@ -54,7 +52,7 @@ class FuseLinears(CustomGraphPass):
         if value is None or not frozen(weight) or not self.has_kernel(value, False):
             return False
         inputs, width = value.shape[-1], outputs(weight)
-        few = value.numel() <= MAX_ROWS * inputs and value.is_contiguous()
+        few = value.numel() <= _C.MAX_LINEAR_ROWS * inputs and value.is_contiguous()
         return few and inputs % 16 == 0 and width % 16 == 0
 
     def uuid(self) -> bytes:
