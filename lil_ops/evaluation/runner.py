@@ -206,6 +206,7 @@ class Runner:
             raise ValueError(f"{combination.name}: no memory for {len(batch)} problems at once: {error}") from error
 
     def _options_of(self, combination: Combination) -> dict:
+        """What a combination asks of either loop."""
         return {
             "policy": combination.policy,
             "guardian": stops.parse(combination.stop),
