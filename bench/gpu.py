@@ -4,10 +4,10 @@
 Builds in place for the GPUs found, with the Python that runs this: it has a torch with CUDA and what pyproject.toml
 names for building and testing; nothing is installed. Then ``test`` runs the operators' test files, and the one of
 device memory in long decodes (ARGUMENTS go to pytest, whose exit code is returned; LIL_RANDOM_CASES=10000 for so many
-random cases), ``sanitize`` runs some of them
-under each tool of compute-sanitizer (LIL_SANITIZER="memcheck racecheck" for some of the tools), ``bench`` runs
-bench/peers.py (ARGUMENTS go there), lz77_gpu.py, policies_gpu.py, linears_gpu.py and engine_gpu.py, and ``policies``
-policies_gpu.py alone (ARGUMENTS go there). Tests run in several processes where pytest-xdist is there.
+random cases), ``sanitize`` runs some of them under each tool of compute-sanitizer (LIL_SANITIZER="memcheck racecheck"
+for some of the tools), ``bench`` runs bench/peers.py (ARGUMENTS go there), lz77_gpu.py, policies_gpu.py,
+linears_gpu.py, layer_gpu.py and engine_gpu.py, and ``policies`` policies_gpu.py alone (ARGUMENTS go there). Tests run
+in several processes where pytest-xdist is there.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def main(arguments: list[str]) -> int:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     python = [sys.executable]
     tests = [*python, "-m", "pytest", *PROCESSES, *operator_tests()]
-    names = "lz77", "policies", "linears", "engine"
-    lz77, policies, linears, engine = ([*python, str(ROOT / "bench" / f"{name}_gpu.py")] for name in names)
+    names = "lz77", "policies", "linears", "layer", "engine"
+    lz77, policies, *model = ([*python, str(ROOT / "bench" / f"{name}_gpu.py")] for name in names)
     if what == "bench":
-        commands = [[*python, str(ROOT / "bench" / "peers.py"), *arguments], lz77, policies, linears, engine]
+        commands = [[*python, str(ROOT / "bench" / "peers.py"), *arguments], lz77, policies, *model]
     elif what == "policies":
         commands = [[*policies, *arguments]]
     elif what == "test":

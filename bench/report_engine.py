@@ -1,5 +1,5 @@
-"""docs/performance.md: linear layers, the engine and end to end on CUDA, from bench/results/linears_cuda.json,
-engine.json and jct.json."""
+"""docs/performance.md: linear layers, a layer, the engine and end to end on CUDA, from bench/results/linears_cuda.json,
+layer_cuda.json, engine.json and jct.json."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ Bold: slower than torch.
 
 | model, layer, rows | lil | floor | share | torch | torch / lil | cuBLAS |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |"""
+LAYER = """## A decode layer on CUDA
+
+{device}, {read_gb_s} GB/s read; torch {torch}; {date}, commit {commit}; `{command}`. bf16, 32k tokens, Quest over 1024
+of them: a layer of four `decode_linear` and a `sparse_decode_step`, 16 of them in a graph. Microseconds. *Kernels*: in
+their order, how long after the one ahead each has ended.
+
+| model, batch | layer | floor | layer / floor | kernels |
+| --- | ---: | ---: | ---: | --- |"""
 ENGINE = """## The engine on CUDA
 
 {device}, {read_gb_s} GB/s read; torch {torch}, transformers {transformers}; {date}, commit {commit}; `{command}`.
@@ -52,6 +60,15 @@ def linears_lines(result: dict) -> list[str]:
             f"{row['floor_us'] / ours:.0%} | {theirs} | {_bold(f'{theirs / ours:.2f}x', theirs < ours)} | "
             f"{row['cublas_us']} |"
         )
+    return lines
+
+
+def layer_lines(result: dict) -> list[str]:
+    lines = LAYER.format(**result, **result["versions"]).splitlines()
+    for row in result["rows"]:
+        kernels = ", ".join(f"{name} {us}" for name, us in row["until_us"])
+        name, over = f"{row['shape']}, {row['batch']}", row["us"] / row["floor_us"]
+        lines.append(f"| {name} | {row['us']} | {row['floor_us']} | {over:.2f}x | {kernels} |")
     return lines
 
 

@@ -163,6 +163,18 @@ def test_one_after_another(device):
     assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("outputs", [1536, 4224])
+def test_same_bits_every_time(device, outputs):
+    """What the kernel keeps of the weights is not overwritten before all have read it, however late x comes."""
+    skip_what_cuda_refuses(device, torch.bfloat16)
+    arguments = case(device, torch.bfloat16, 8, 8192, outputs)
+    check(arguments)
+    want, elsewhere = lil_ops.decode_linear(**arguments), torch.zeros(1 << 26, device=device)
+    for _ in range(100 if device == "cuda" else 1):
+        elsewhere.add_(1)  # x leaves the caches
+        assert torch.equal(lil_ops.decode_linear(**arguments), want)
+
+
 def test_leading_dimensions(device):
     skip_what_cuda_refuses(device, torch.bfloat16)
     arguments = case(device, torch.bfloat16, 6, 64, 32, norm=True, residual=True, rotated=32)

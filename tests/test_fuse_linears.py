@@ -1,5 +1,7 @@
 """Which linear layers of a compiled step become decode_linear, and that the model still computes the same."""
 
+import re
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -7,6 +9,7 @@ pytest.importorskip("transformers")
 import torch
 from tiny_models import build
 from torch._inductor import config
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -245,3 +248,20 @@ def test_models(family):
     torch._dynamo.reset()
     assert tokens(compile={"backend": backend}) == tokens()
     assert counts == [4 * model.config.num_hidden_layers + (model.config.vocab_size % 16 == 0)]
+
+
+def test_angles_are_made_once(monkeypatch):
+    """All layers take the same ones from memory."""
+    monkeypatch.setattr(FuseLinears.__init__, "__defaults__", (lambda x, norm: True,))
+    model = build("llama")
+
+    def run():
+        with Engine(model, slots=1, max_tokens=64, compile=True) as engine:
+            list(engine.run([Request(list(range(2, 9)), max_new_tokens=3)]))
+
+    torch._dynamo.reset()
+    with config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(run)
+    taken = re.findall(r"decode_linear\.default\(.* cos=(buf\d+),", "".join(codes))
+    assert len(taken) == model.config.num_hidden_layers > 1
+    assert len(set(taken)) == 1

@@ -20,6 +20,9 @@ __device__ inline void barriers_are_ready() { asm volatile("fence.mbarrier_init.
 __device__ inline void barrier_arrive(Barrier& barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
+// Before arriving where a copy to what was read may be the answer: without it, a copy has been seen to overtake a read.
+__device__ inline void reads_are_done() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Arrives, and has the barrier wait for so many bytes.
 __device__ inline void barrier_expect(Barrier& barrier, int32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)

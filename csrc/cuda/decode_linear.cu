@@ -1,7 +1,7 @@
 // decode_linear: a step reads every weight once, so what counts is that reading never pauses. Warps of each block copy
 // weights into a ring of stages, from before the previous kernel has ended (weights are nobody's output), and eight
-// warps multiply. A stage is 16 rows of the weight, of which each warp has a part of the columns; at the end of the
-// rows the warps' sums are added.
+// warps multiply. A stage is some columns of a unit's rows of the weight, of which each warp has a part; at the end of
+// the rows the warps' sums are added.
 //
 // x is not normalised beforehand: it is multiplied by `norm` alone, its squares are summed on the way, and the root is
 // applied to the sums.
@@ -16,69 +16,68 @@ namespace {
 // A warp starts one lane's copy after the other: alone, it would not keep a multiprocessor at its share of the
 // bandwidth, where fewer than all of them have a block.
 constexpr int kWarps = 8, kMultiplying = 32 * kWarps, kCopying = 2, kThreads = kMultiplying + 32 * kCopying;
-constexpr int kRows = 16, kColumns = 512, kChunks = kColumns / 32 / kWarps;
-// Shared memory between two rows of a stage; eight lanes that load 16 bytes each of two rows meet all 32 banks once.
-constexpr int kPitch = 2 * kColumns + 64;
 
-// As many as let two blocks into a multiprocessor, of one kernel or of two.
-constexpr int kStages = 6, kBlocks = 2;
+// The ring of a block whose units are so many rows of the weight, 16 or 8. Two blocks fit into a multiprocessor, of one
+// kernel or of two.
+constexpr int kBlocks = 2, kStages = 6;
+template <int Rows>
+struct Ring {
+  static constexpr int kColumns = 8192 / Rows, kChunks = kColumns / 32 / kWarps;
+  // Shared memory between two rows of a stage; eight lanes that load 16 bytes each of two rows meet all 32 banks once.
+  static constexpr int kPitch = 2 * kColumns + 64;
+  static constexpr int kStageBytes = Rows * kPitch, kBytes = kStages * kStageBytes;
+};
 
 // Nanoseconds between two stages that a block asks L2 for.
 constexpr unsigned kPause = 600;
 
-// Stages of x that a lane keeps for all units, where that is all of x; or else has loaded before it needs them.
-constexpr int kHeld = 4, kAhead = 3;
+// Columns of x that a block keeps for all units, where that is all of x; or else has loaded before it needs them.
+constexpr int kHeld = 2048;
 
 #if __CUDA_ARCH__ >= 900
 
-// Which row of the weight is row r of unit u. Gated: eight rows of the gate, then the same eight of the other half.
-// Rotated: eight of a head's first half, then the eight that they turn with.
+// Which row of the weight is row r of unit u. Units of 16: gated, eight rows of the gate, then the same eight of the
+// other half; rotated, eight of a head's first half, then the eight that they turn with.
+template <int Rows>
 __device__ inline int64_t weight_row(const DecodeLinearParams& p, int32_t u, int32_t r) {
+  if constexpr (Rows == 8) return static_cast<int64_t>(u) * 8 + r;
   if (p.gated) return u * 8 + r % 8 + (r / 8) * p.out_features;
-  const int32_t head_dim = static_cast<int32_t>(p.head_dim), a_head = head_dim / kRows;
-  if (u * kRows < p.rotated) return u / a_head * head_dim + u % a_head * 8 + r % 8 + (r / 8) * (head_dim / 2);
-  return static_cast<int64_t>(u) * kRows + r;
+  const int32_t head_dim = static_cast<int32_t>(p.head_dim), a_head = head_dim / Rows;
+  if (u * Rows < p.rotated) return u / a_head * head_dim + u % a_head * 8 + r % 8 + (r / 8) * (head_dim / 2);
+  return static_cast<int64_t>(u) * Rows + r;
 }
 
-__device__ inline float silu(float x) { return x / (1 + __expf(-x)); }
+__device__ inline float silu(float x) { return __fdividef(x, 1 + __expf(-x)); }
 
-// Products x * norm in T; the squares of x are added to `squares`.
-template <class T>
-__device__ inline uint32_t times_norm(uint32_t x, uint32_t norm, float& squares) {
-  const T *a = reinterpret_cast<const T*>(&x), *b = reinterpret_cast<const T*>(&norm);
-  const float low = to_float(a[0]), high = to_float(a[1]);
-  squares += low * low + high * high;
-  return pack<T>(low * to_float(b[0]), high * to_float(b[1]));
+__device__ inline uint32_t product(uint32_t a, uint32_t b) {  // of pairs of bfloat16, rounded once
+  asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
 }
 
-// The columns of one stage that this lane multiplies, of one row of x.
-template <class T, bool Norm>
-struct Input {
-  uint4 x[kChunks], norm[Norm ? kChunks : 1];
+// The columns of one stage that this lane multiplies: of a row of x, or of the norm.
+template <class T, int Chunks>
+struct Columns {
+  uint4 data[Chunks];
 
   // Zeros at and past column `end`.
-  __device__ void load(const T* row, int32_t column, int32_t end) { load_into(x, row, column, end); }
-  __device__ void load_norm(const void* weights, int32_t column, int32_t end) {
-    if constexpr (Norm) load_into(norm, static_cast<const T*>(weights), column, end);
-  }
-
-  __device__ static void load_into(uint4 (&to)[kChunks], const T* from, int32_t column, int32_t end) {
+  __device__ void load(const T* row, int32_t column, int32_t end) {
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
+    for (int i = 0; i < Chunks; ++i) {
       const int32_t k = column + 32 * i;
-      to[i] = k < end ? *reinterpret_cast<const uint4*>(from + k) : uint4{};
+      data[i] = k < end ? *reinterpret_cast<const uint4*>(row + k) : uint4{};
     }
   }
 
-  __device__ void scale(float& squares) {
-    if constexpr (Norm) {
+  // Adds products of rows with each other to `squares`, of which the diagonal is what counts; then multiplies by
+  // `norm`.
+  __device__ void scale(const Columns& norm, float (&squares)[4]) {
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        x[i].x = times_norm<T>(x[i].x, norm[i].x, squares);
-        x[i].y = times_norm<T>(x[i].y, norm[i].y, squares);
-        x[i].z = times_norm<T>(x[i].z, norm[i].z, squares);
-        x[i].w = times_norm<T>(x[i].w, norm[i].w, squares);
-      }
+    for (int i = 0; i < Chunks; ++i) {
+      mma_chunk<T>(squares, data[i], uint4{}, data[i]);
+      data[i].x = product(data[i].x, norm.data[i].x);
+      data[i].y = product(data[i].y, norm.data[i].y);
+      data[i].z = product(data[i].z, norm.data[i].z);
+      data[i].w = product(data[i].w, norm.data[i].w);
     }
   }
 };
@@ -86,65 +85,74 @@ struct Input {
 // Of one unit, [row of the weight / 8][row of x][row of the weight % 8].
 using Sums = float[128];
 
-// What becomes of the sums that are one thread's output of a unit; it is read before they are there.
-template <class T>
+// Of the mean square of a row of x, whose warps' sums of squares are given.
+__device__ inline float inverse_root(const DecodeLinearParams& p, const float (&squares)[kWarps][8], int64_t row) {
+  float sum = 0;
+#pragma unroll
+  for (const auto& of_warp : squares) sum += of_warp[row];
+  return rsqrtf(sum / static_cast<float>(p.in_features) + p.eps);
+}
+
+// What becomes of the sums that are one thread's output of a unit. What it takes is asked for before the sums are
+// there, and kept as it is stored: any use would wait for it.
+template <class T, int Rows>
 struct Ending {
-  float cos = 1, sin = 0, add = 0;
+  T cos, sin, bias, turned_bias, residual;
 
   __device__ Ending(const DecodeLinearParams& p, int32_t unit) {
     if (!writes(p)) return;
     const int64_t output = output_of(p, unit);
+    const auto load = [](const void* from, int64_t i) { return static_cast<const T*>(from)[i]; };
+    if (p.bias) bias = load(p.bias, output);
     if (rotates(p, unit)) {
-      const int32_t half = static_cast<int32_t>(p.head_dim) / 2, sign = threadIdx.x < 64 ? -1 : 1;
-      const int64_t angle = row() * p.head_dim + output % p.head_dim;
+      const int64_t angle = row() * p.head_dim + static_cast<int32_t>(output) % static_cast<int32_t>(p.head_dim);
       cos = load(p.cos, angle);
-      sin = sign * load(p.sin, angle);
-      if (p.bias) add = load(p.bias, output) * cos + load(p.bias, output - sign * half) * sin;
-    } else if (p.bias) {
-      add = load(p.bias, output);
+      sin = load(p.sin, angle);
+      if (p.bias) turned_bias = load(p.bias, output - sign() * (static_cast<int32_t>(p.head_dim) / 2));
     }
-    if (p.residual) add += load(p.residual, row() * p.out_features + output);
+    if (p.residual) residual = load(p.residual, row() * p.out_features + output);
   }
 
-  __device__ void write(const DecodeLinearParams& p, int32_t unit, const Sums* sums, const float (*squares)[8]) const {
-    float scale = 1;
-    if (squares) {
-      float sum = 0;
-#pragma unroll
-      for (int warp = 0; warp < kWarps; ++warp) sum += squares[warp][row()];
-      scale = rsqrtf(sum / static_cast<float>(p.in_features) + p.eps);
-    }
+  __device__ void write(const DecodeLinearParams& p, int32_t unit, const Sums* sums, float scale) const {
     const auto total = [&](int32_t i) {
       float sum = 0;
 #pragma unroll
       for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp][i];
       return sum * scale;
     };
-    float y = total(threadIdx.x);
+    float y = total(threadIdx.x), add = p.bias ? to_float(bias) : 0;
     if (p.gated) y = silu(y) * total(64 + threadIdx.x);
-    if (rotates(p, unit)) y = y * cos + total(threadIdx.x ^ 64) * sin;
+    if (rotates(p, unit)) {
+      const float c = to_float(cos), s = static_cast<float>(sign()) * to_float(sin);
+      y = y * c + total(threadIdx.x ^ 64) * s;
+      if (p.bias) add = add * c + to_float(turned_bias) * s;
+    }
+    if (p.residual) add += to_float(residual);
     static_cast<T*>(p.out)[row() * p.out_features + output_of(p, unit)] = from_float<T>(y + add);
   }
 
   __device__ static bool writes(const DecodeLinearParams& p) {
-    return threadIdx.x < (p.gated ? 64 : 128) && row() < p.rows;
+    return threadIdx.x < (p.gated ? 64 : 8 * Rows) && row() < p.rows;
   }
   __device__ static int64_t row() { return threadIdx.x % 64 / 8; }
   __device__ static int64_t output_of(const DecodeLinearParams& p, int32_t unit) {
-    return weight_row(p, unit, threadIdx.x / 64 * 8 + threadIdx.x % 8);
+    return weight_row<Rows>(p, unit, threadIdx.x / 64 * 8 + threadIdx.x % 8);
   }
-  __device__ static bool rotates(const DecodeLinearParams& p, int32_t unit) { return unit * kRows < p.rotated; }
-  __device__ static float load(const void* from, int64_t i) { return to_float(static_cast<const T*>(from)[i]); }
+  __device__ static bool rotates(const DecodeLinearParams& p, int32_t unit) {
+    return Rows == 16 && unit * Rows < p.rotated;
+  }
+  __device__ static int32_t sign() { return threadIdx.x < 64 ? -1 : 1; }
 };
 
 #endif
 
 // Held: a lane keeps all of x.
-template <class T, bool Norm, bool Held>
+template <class T, bool Norm, bool Held, int Rows>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     decode_linear_kernel(const __grid_constant__ DecodeLinearParams p) {
 #if __CUDA_ARCH__ >= 900
-  extern __shared__ __align__(16) unsigned char ring[];  // [kStages][kRows][kPitch]
+  constexpr int kColumns = Ring<Rows>::kColumns, kChunks = Ring<Rows>::kChunks, kPitch = Ring<Rows>::kPitch;
+  extern __shared__ __align__(16) unsigned char ring[];  // [kStages][Rows][kPitch]
   __shared__ Sums sums[2][kWarps];
   __shared__ float squares[kWarps][8];
   __shared__ Barrier full[kStages], empty[kStages];
@@ -161,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   __syncthreads();
   const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int32_t columns = static_cast<int32_t>(p.in_features), stages = (columns + kColumns - 1) / kColumns;
-  const int32_t units = static_cast<int32_t>(p.out_features) / (p.gated ? 8 : kRows);
+  const int32_t units = static_cast<int32_t>(p.out_features) / (p.gated ? 8 : Rows);
   int32_t slot = 0;
   uint32_t parity = 0;
   const auto next = [&] {
@@ -171,11 +179,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
   };
   if (warp >= kWarps) {
-    constexpr int kMine = kRows / kCopying;
+    constexpr int kMine = Rows / kCopying;
     const int32_t r = (warp - kWarps) * kMine + lane;
     const uint64_t once = evict_first();
     const auto row_of = [&](int32_t unit) {
-      return static_cast<const T*>(p.weight) + weight_row(p, unit, r) * p.in_features;
+      return static_cast<const T*>(p.weight) + weight_row<Rows>(p, unit, r) * p.in_features;
     };
     const auto bytes_of = [&](int32_t stage) { return 2 * min(kColumns, columns - stage * kColumns); };
     // From this stage on L2 can have what the ring has no room for, until x is there. Not before the ring has come, and
@@ -205,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         if (lane == 0) barrier_expect(full[slot], bytes_of(stage) * kMine);
         __syncwarp();
         if (lane < kMine) {
-          bulk_copy(ring + (slot * kRows + r) * kPitch, row + stage * kColumns, bytes_of(stage), full[slot], once);
+          bulk_copy(ring + (slot * Rows + r) * kPitch, row + stage * kColumns, bytes_of(stage), full[slot], once);
         }
         next();
       }
@@ -214,78 +222,96 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     return;
   }
   const int32_t n = lane / 4, c = lane % 4, first = warp * kChunks * 32 + 8 * c;
-  const T* const row = static_cast<const T*>(p.x) + n * p.in_features;
+  const T *const row = static_cast<const T*>(p.x) + n * p.in_features, *const norms = static_cast<const T*>(p.norm);
   const int32_t end = n < p.rows ? columns : 0;
-  // A norm takes twice the registers until it has been applied.
-  constexpr int kInputs = Held ? kHeld : Norm ? 1 : kAhead;
-  Input<T, Norm> input[kInputs];
-  float square = 0;
+  // A norm takes registers until it has been applied.
+  constexpr int kInputs = (Held ? kHeld / 32 / kWarps : Norm ? 4 : 8) / kChunks, kNorms = Held ? kInputs : 1;
+  Columns<T, kChunks> x[kInputs], norm[kNorms];
+  float square[4] = {};
+  if constexpr (Norm) {
 #pragma unroll
-  for (int i = 0; i < kInputs; ++i) input[i].load_norm(p.norm, first + i * kColumns, end);
+    for (int i = 0; i < kNorms; ++i) norm[i].load(norms, first + i * kColumns, end);
+  }
   wait_for_previous();
 #pragma unroll
-  for (int i = 0; i < kInputs; ++i) input[i].load(row, first + i * kColumns, end);
-  if constexpr (Held) {
+  for (int i = 0; i < kInputs; ++i) x[i].load(row, first + i * kColumns, end);
+  Ending<T, Rows> ending(p, blockIdx.x);
+  if constexpr (Norm && Held) {
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) input[i].scale(square);
+    for (int i = 0; i < kInputs; ++i) x[i].scale(norm[i], square);
   }
+  const unsigned char* const mine = ring + n * kPitch + 2 * first;
   int32_t side = 0;
+  float root = 1;  // what the sums are multiplied by
+#pragma unroll 1
   for (int32_t unit = blockIdx.x; unit < units; unit += gridDim.x, side ^= 1) {
-    const Ending<T> ending(p, unit);
-    float acc[4] = {};
+    if (unit != blockIdx.x) ending = Ending<T, Rows>(p, unit);
+    float acc[2][4] = {};  // of chunks in turn: a product does not wait for the one before it
+    int32_t left = columns - first;
+#pragma unroll 1
     for (int32_t begin = 0; begin < stages; begin += kInputs) {
 #pragma unroll
       for (int i = 0; i < kInputs; ++i) {
         const int32_t stage = begin + i;
         if (stage >= stages) break;
-        Input<T, Norm> present = input[i];
-        if constexpr (!Held) {
-          present.scale(square);
-          // While weights come; behind the last ones, of the next unit.
-          const int32_t ahead = stage + kInputs < stages ? stage + kInputs : i;
-          input[i].load(row, first + ahead * kColumns, end);
-          input[i].load_norm(p.norm, first + ahead * kColumns, end);
+        if constexpr (Norm && !Held) {
+          x[i].scale(norm[0], square);
+          norm[0].load(norms, first + (stage + 1 < stages ? stage + 1 : 0) * kColumns, end);
         }
         barrier_wait(full[slot], parity);
+        const unsigned char* const at = mine + slot * Ring<Rows>::kStageBytes;
 #pragma unroll
         for (int j = 0; j < kChunks; ++j) {
-          const unsigned char* const at = ring + (slot * kRows + n) * kPitch + 2 * (first + 32 * j);
           uint4 low{}, high{};
-          if (stage * kColumns + first + 32 * j < columns) {
-            low = *reinterpret_cast<const uint4*>(at);
-            high = *reinterpret_cast<const uint4*>(at + 8 * kPitch);
+          if (32 * j < left) {
+            low = *reinterpret_cast<const uint4*>(at + 64 * j);
+            if constexpr (Rows > 8) high = *reinterpret_cast<const uint4*>(at + 64 * j + 8 * kPitch);
           }
-          mma_chunk<T>(acc, low, high, present.x[j]);
+          mma_chunk<T>(acc[j % 2], low, high, x[i].data[j]);
         }
+        reads_are_done();
         __syncwarp();
         if (lane == 0) barrier_arrive(empty[slot]);
         next();
+        left -= kColumns;
+        // Behind the last stages, of the next unit.
+        if constexpr (!Held) x[i].load(row, first + (stage + kInputs < stages ? stage + kInputs : i) * kColumns, end);
       }
       if (Held) break;
     }
-    float* const mine = sums[side][warp];
+    float* const my_sums = sums[side][warp];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) mine[i / 2 * 64 + (2 * c + i % 2) * 8 + n] = acc[i];
-    if (Norm && unit == blockIdx.x) {  // of the same x for every unit
-      square += __shfl_xor_sync(~0u, square, 1);
-      square += __shfl_xor_sync(~0u, square, 2);
-      if (c == 0) squares[warp][n] = square;
-    }
+    for (int i = 0; i < Rows / 4; ++i) my_sums[i / 2 * 64 + (2 * c + i % 2) * 8 + n] = acc[0][i] + acc[1][i];
+    // Of the same x for every unit.
+    if (Norm && unit == blockIdx.x && c == n / 2) squares[warp][n] = n % 2 ? square[1] : square[0];
     // The multiplying warps alone. The other side's sums have been read by all who come here.
     asm volatile("bar.sync 1, %0;" ::"n"(kMultiplying) : "memory");
-    if (ending.writes(p)) ending.write(p, unit, sums[side], Norm ? squares : nullptr);
+    if (ending.writes(p)) {
+      if (Norm && unit == blockIdx.x) root = inverse_root(p, squares, ending.row());
+      ending.write(p, unit, sums[side], root);
+    }
   }
 #endif
 }
 
-template <class T, bool Norm, bool Held>
+template <class T, bool Norm, bool Held, int Rows>
 void start(const DecodeLinearParams& p, const Launch& launch) {
-  constexpr size_t bytes = static_cast<size_t>(kStages) * kRows * kPitch;
-  constexpr auto kernel = decode_linear_kernel<T, Norm, Held>;
+  constexpr size_t bytes = Ring<Rows>::kBytes;
+  constexpr auto kernel = decode_linear_kernel<T, Norm, Held, Rows>;
   allow_shared<kernel>(bytes);
   // As many blocks as fit. Fewer would not spread evenly: some multiprocessors would have two.
-  const int64_t units = p.out_features / (p.gated ? 8 : kRows), most = kBlocks * current_device().sms;
+  const int64_t units = p.out_features / (p.gated ? 8 : Rows), most = kBlocks * current_device().sms;
   launch(kernel, dim3(static_cast<unsigned>(units < most ? units : most)), kThreads, bytes, 1, p);
+}
+
+// Without a norm. Units of 8 rows where those of 16 are more than a ring holds and fewer than half the blocks that fit:
+// twice the blocks fill twice the rings ahead.
+template <class T>
+void start_plain(const DecodeLinearParams& p, const Launch& launch) {
+  const bool few = p.out_features / 8 <= kBlocks * current_device().sms;
+  const bool large = p.in_features > kStages * Ring<16>::kColumns;
+  few && large && !p.gated && p.rotated == 0 ? start<T, false, false, 8>(p, launch)
+                                             : start<T, false, false, 16>(p, launch);
 }
 
 }  // namespace
@@ -298,10 +324,10 @@ void decode_linear(const DecodeLinearParams& p, const Tensor& on) {
   LIL_CHECK(p.dtype != DType::kFloat32, op, "x", "on CUDA, dtype float16 or bfloat16", "Float");
   // x * norm, not yet divided by the root of its mean square, may be more than float16 holds.
   LIL_CHECK(!p.norm || p.dtype == DType::kBFloat16, op, "norm", "on CUDA, None or dtype bfloat16", "Half");
-  if (p.dtype == DType::kFloat16) return start<__half, false, false>(p, launch);
-  if (!p.norm) return start<__nv_bfloat16, false, false>(p, launch);
-  p.in_features <= kHeld* kColumns ? start<__nv_bfloat16, true, true>(p, launch)
-                                   : start<__nv_bfloat16, true, false>(p, launch);
+  if (p.dtype == DType::kFloat16) return start_plain<__half>(p, launch);
+  if (!p.norm) return start_plain<__nv_bfloat16>(p, launch);
+  p.in_features <= kHeld ? start<__nv_bfloat16, true, true, 16>(p, launch)
+                         : start<__nv_bfloat16, true, false, 16>(p, launch);
 }
 
 }  // namespace lil::cuda

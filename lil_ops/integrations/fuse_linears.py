@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch._inductor import inductor_prims
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 from torch.nn import functional as F
@@ -45,6 +46,7 @@ class FuseLinears(CustomGraphPass):
             if self._fits(node):
                 x = value_of(arguments(node)[0])
                 fuse(graph, node, self.has_kernel(x, True), written)
+        share_angles(graph)
 
     def _fits(self, linear: Node) -> bool:
         x, weight, _ = arguments(linear)
@@ -87,6 +89,22 @@ def fuse(graph: Graph, linear: Node, with_norm: bool, written: list[Node]) -> No
     replace(last, fused)
     for each in rotations:
         replace(each.rotated, each.heads)
+
+
+def share_angles(graph: Graph) -> None:
+    """Have the angles that layers take in memory: Inductor would compute them for each anew."""
+    in_memory = {}
+    for layer in graph.find_nodes(op="call_function", target=torch.ops.lil.decode_linear.default):
+        for name in ("cos", "sin"):
+            angles = layer.kwargs.get(name)
+            if angles is None:
+                continue
+            if angles not in in_memory:
+                with graph.inserting_after(angles):
+                    order = (angles, value_of(angles).stride())
+                    in_memory[angles] = graph.call_function(inductor_prims.force_stride_order, order)
+                in_memory[angles].meta["example_value"] = value_of(angles)
+            layer.update_kwarg(name, in_memory[angles])
 
 
 def value_of(node: Node) -> torch.Tensor | None:
