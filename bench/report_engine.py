@@ -46,6 +46,8 @@ AN_EARLIER_RUN = """An earlier run, not to be compared with the one above: `{com
 def engine_lines(result: dict) -> list[str]:
     last, *earlier = result["runs"]
     lines = [ENGINE.format(**last, **last["versions"]) + NOTE, "", *_table(last)]
+    if "note" in last:
+        lines += ["", last["note"]]
     for run in earlier:
         lines += ["", AN_EARLIER_RUN.format(**run), "", *_table(run)]
     return lines

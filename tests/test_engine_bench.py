@@ -1,0 +1,15 @@
+"""bench/engine_gpu.py: what it makes of a profile."""
+
+import pytest
+
+pytest.importorskip("transformers")
+
+
+def test_kernels_that_wait_for_each_other_count_once(bench):
+    engine_gpu = bench("engine_gpu")
+    kernels = [(0, 4, "a"), (1, 5, "lz77"), (2, 6, "guardian"), (9, 10, "b")]
+    assert engine_gpu.busy(kernels) == 7
+    assert engine_gpu.gaps_between(kernels) == [0, 0, 3]
+    found = engine_gpu.of_kernels(kernels)
+    assert found["stop_us"] == round(5 / engine_gpu.PROFILED, 2)
+    assert found["gap_us"] == 3
