@@ -6,7 +6,7 @@
 Random bf16 models of the shapes of Qwen2.5-1.5B and Llama-3.1-8B, Quest with a budget of 1024 and a Guardian.
 *Floor*: bytes of the weights, page summaries and selected keys and values that a step reads, over the measured read
 bandwidth. *Kernels*, *stop*, *gap*: from torch's profiler, of steps behind those that are timed: how long at least one
-of a step's kernels runs (each begins before the one ahead has ended), how long `lz77_append` and `guardian_check` take,
+of a step's kernels runs (each begins before the one ahead has ended), how long `lz77_append` or `guardian_check` does,
 and the longest time in which none runs.
 """
 

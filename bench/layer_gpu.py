@@ -35,7 +35,7 @@ SHAPES = {  # hidden size, intermediate size, query heads, KV heads
 BATCHES = (1, 8)
 
 
-def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, device="cuda") * scale
 
 
@@ -44,13 +44,13 @@ class Layer:
         hidden, inner, q_heads, kv_heads = SHAPES[shape]
         self.sizes, (self.cos, self.sin) = [q_heads, kv_heads, kv_heads], angles
         pages = batch * (CONTEXT // PAGE)
-        self.qkv = random((q_heads + 2 * kv_heads) * HEAD_DIM, hidden, scale=hidden**-0.5)
-        self.output = random(hidden, q_heads * HEAD_DIM, scale=hidden**-0.5)
-        self.gate_up = random(2 * inner, hidden, scale=hidden**-0.5)
-        self.down = random(hidden, inner, scale=inner**-0.5)
-        self.norms = random(2, hidden)
-        self.k_cache, self.v_cache = (random(pages, kv_heads, PAGE, HEAD_DIM) for _ in range(2))
-        self.summary = random(pages, kv_heads, 2, HEAD_DIM)
+        self.qkv = normal((q_heads + 2 * kv_heads) * HEAD_DIM, hidden, scale=hidden**-0.5)
+        self.output = normal(hidden, q_heads * HEAD_DIM, scale=hidden**-0.5)
+        self.gate_up = normal(2 * inner, hidden, scale=hidden**-0.5)
+        self.down = normal(hidden, inner, scale=inner**-0.5)
+        self.norms = normal(2, hidden)
+        self.k_cache, self.v_cache = (normal(pages, kv_heads, PAGE, HEAD_DIM) for _ in range(2))
+        self.summary = normal(pages, kv_heads, 2, HEAD_DIM)
         self.page_table = torch.randperm(pages, device="cuda").int().view(batch, -1)
         self.seq_lens = torch.full((batch,), CONTEXT, dtype=torch.int32, device="cuda")
 
@@ -83,7 +83,7 @@ def until(graph: torch.cuda.CUDAGraph) -> list[list]:
     assert rest == 0, f"{len(kernels)} kernels"
     ends = [end for _, end, _ in kernels]
     found = []
-    for place in range(each, 2 * each):  # the first layer has nothing ahead
+    for place in range(each, 2 * each):  # the very first layer has nothing ahead
         name = kernels[place][2].partition("<")[0].partition("(lil")[0].rpartition("::")[2]
         after = [ends[i] - ends[i - 1] for i in range(place, len(ends), each)]
         found.append([name, round(statistics.median(after), 1)])
@@ -91,8 +91,8 @@ def until(graph: torch.cuda.CUDAGraph) -> list[list]:
 
 
 def measure(shape: str, batch: int, bandwidth: float) -> dict:
-    angles = (random(batch, HEAD_DIM), random(batch, HEAD_DIM))
-    layers, x = [Layer(shape, batch, angles) for _ in range(LAYERS)], random(batch, SHAPES[shape][0])
+    angles = (normal(batch, HEAD_DIM), normal(batch, HEAD_DIM))
+    layers, x = [Layer(shape, batch, angles) for _ in range(LAYERS)], normal(batch, SHAPES[shape][0])
 
     def run() -> torch.Tensor:
         y = x

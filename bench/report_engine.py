@@ -45,11 +45,9 @@ AN_EARLIER_RUN = """An earlier run, not to be compared with the one above: `{com
 
 def engine_lines(result: dict) -> list[str]:
     last, *earlier = result["runs"]
-    lines = [ENGINE.format(**last, **last["versions"]) + NOTE, "", *_table(last)]
-    if "note" in last:
-        lines += ["", last["note"]]
+    lines = [ENGINE.format(**last, **last["versions"]) + NOTE, "", *_table(last), *_note(last)]
     for run in earlier:
-        lines += ["", AN_EARLIER_RUN.format(**run), "", *_table(run)]
+        lines += ["", AN_EARLIER_RUN.format(**run), "", *_table(run), *_note(run)]
     return lines
 
 
@@ -72,6 +70,11 @@ def layer_lines(result: dict) -> list[str]:
         name, over = f"{row['shape']}, {row['batch']}", row["us"] / row["floor_us"]
         lines.append(f"| {name} | {row['us']} | {row['floor_us']} | {over:.2f}x | {kernels} |")
     return lines
+
+
+def _note(run: dict) -> list[str]:
+    """What was found out about a run's figures when it was over, written into its result by hand."""
+    return ["", run["note"]] if "note" in run else []
 
 
 def _table(result: dict) -> list[str]:

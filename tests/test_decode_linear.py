@@ -131,12 +131,22 @@ def test_any_shape(device, dtype, rows, inputs, outputs, bias, norm, gated, resi
 
 
 @pytest.mark.parametrize("name", ["linear", "norm, bias", "norm, gated", "residual"])
-@pytest.mark.parametrize("shape", [(1536, 2048), (8960, 1536), (896, 9728), (16, 16), (512, 16), (528, 4240)])
+@pytest.mark.parametrize(
+    "shape", [(1536, 2048), (8960, 1536), (896, 9728), (16, 16), (512, 16), (528, 4240), (4112, 4240)]
+)
 def test_shapes_of_models(device, name, shape):
     """More units than blocks, and fewer; rows of one stage, of many, and of a piece of one."""
     skip_what_cuda_refuses(device, torch.bfloat16)
     for rows in (1, 8):
         check(case(device, torch.bfloat16, rows, *shape, **CASES[name]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_matches_reference_with_long_rows(device, dtype):
+    """Few of them, which CUDA takes eight at a time; the last columns are a piece of what a warp takes."""
+    skip_what_cuda_refuses(device, dtype)
+    for rows in (1, 3, 8):
+        check(case(device, dtype, rows, 3088, 48, bias=True, residual=True))
 
 
 def test_one_after_another(device):
@@ -165,12 +175,15 @@ def test_one_after_another(device):
 
 @pytest.mark.parametrize("outputs", [1536, 4224])
 def test_same_bits_every_time(device, outputs):
-    """What the kernel keeps of the weights is not overwritten before all have read it, however late x comes."""
+    """What the kernel keeps of the weights is not overwritten before all have read it, however late x comes. Without
+    its fence, an H100 gave others in two calls of three."""
+    if device == "cpu":
+        pytest.skip("nothing is written behind what reads there")
     skip_what_cuda_refuses(device, torch.bfloat16)
     arguments = case(device, torch.bfloat16, 8, 8192, outputs)
     check(arguments)
     want, elsewhere = lil_ops.decode_linear(**arguments), torch.zeros(1 << 26, device=device)
-    for _ in range(100 if device == "cuda" else 1):
+    for _ in range(100):
         elsewhere.add_(1)  # x leaves the caches
         assert torch.equal(lil_ops.decode_linear(**arguments), want)
 

@@ -31,7 +31,8 @@ struct Ring {
 // Nanoseconds between two stages that a block asks L2 for.
 constexpr unsigned kPause = 600;
 
-// Columns of x that a block keeps for all units, where that is all of x; or else has loaded before it needs them.
+// Columns of x that a block keeps for all units, where that is all of x; or else has loaded before it needs them: half
+// as many with a norm, which takes registers until it has been applied.
 constexpr int kHeld = 2048;
 
 #if __CUDA_ARCH__ >= 900
@@ -224,8 +225,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int32_t n = lane / 4, c = lane % 4, first = warp * kChunks * 32 + 8 * c;
   const T *const row = static_cast<const T*>(p.x) + n * p.in_features, *const norms = static_cast<const T*>(p.norm);
   const int32_t end = n < p.rows ? columns : 0;
-  // A norm takes registers until it has been applied.
-  constexpr int kInputs = (Held ? kHeld / 32 / kWarps : Norm ? 4 : 8) / kChunks, kNorms = Held ? kInputs : 1;
+  constexpr int kInputs = kHeld / (Norm && !Held ? 2 : 1) / kColumns, kNorms = Held ? kInputs : 1;
   Columns<T, kChunks> x[kInputs], norm[kNorms];
   float square[4] = {};
   if constexpr (Norm) {
@@ -304,8 +304,8 @@ void start(const DecodeLinearParams& p, const Launch& launch) {
   launch(kernel, dim3(static_cast<unsigned>(units < most ? units : most)), kThreads, bytes, 1, p);
 }
 
-// Without a norm. Units of 8 rows where those of 16 are more than a ring holds and fewer than half the blocks that fit:
-// twice the blocks fill twice the rings ahead.
+// Without a norm. Units of 8 rows where those of 16 are more than a ring holds, and at most half as many as the blocks
+// that fit: twice the blocks fill twice the rings ahead.
 template <class T>
 void start_plain(const DecodeLinearParams& p, const Launch& launch) {
   const bool few = p.out_features / 8 <= kBlocks * current_device().sms;

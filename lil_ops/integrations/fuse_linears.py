@@ -32,8 +32,9 @@ class FuseLinears(CustomGraphPass):
     - the gate of a gated MLP, ``silu(gate(x)) * up(x)``,
     - the addition of the residual, the only use of its output.
 
-    A layer stays where something is written in place between its input and the last of what it would take along. A pass
-    as `MergeLinears` is one. has_kernel: whether the operator takes this input, with a norm or without.
+    A layer stays where something is written in place between its input and the last of what it would take along. Angles
+    of the rotary embedding are put in memory once. A pass as `MergeLinears` is one. has_kernel: whether the operator
+    takes this input, with a norm or without.
     """
 
     def __init__(self, has_kernel: Callable[[torch.Tensor, bool], bool] = has_kernel):
@@ -46,7 +47,7 @@ class FuseLinears(CustomGraphPass):
             if self._fits(node):
                 x = value_of(arguments(node)[0])
                 fuse(graph, node, self.has_kernel(x, True), written)
-        share_angles(graph)
+        share_angles(graph, written)
 
     def _fits(self, linear: Node) -> bool:
         x, weight, _ = arguments(linear)
@@ -91,13 +92,14 @@ def fuse(graph: Graph, linear: Node, with_norm: bool, written: list[Node]) -> No
         replace(each.rotated, each.heads)
 
 
-def share_angles(graph: Graph) -> None:
-    """Have the angles that layers take in memory: Inductor would compute them for each anew."""
+def share_angles(graph: Graph, written: list[Node]) -> None:
+    """Have the angles that layers take in memory, as far as nothing is written in place after they were made: Inductor
+    would compute them for each layer anew."""
     in_memory = {}
     for layer in graph.find_nodes(op="call_function", target=torch.ops.lil.decode_linear.default):
         for name in ("cos", "sin"):
             angles = layer.kwargs.get(name)
-            if angles is None:
+            if angles is None or value_of(angles) is None or any(angles < node < layer for node in written):
                 continue
             if angles not in in_memory:
                 with graph.inserting_after(angles):
