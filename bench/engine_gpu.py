@@ -28,7 +28,7 @@ import transformers as hf
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from facts import add_commit, facts
-from timers import read_bandwidth
+from timers import kernels_of, read_bandwidth
 
 from lil_ops import Engine, Guardian, Request
 
@@ -109,11 +109,7 @@ def engine(model: torch.nn.Module, batch: int, context: int, how: str, show: boo
             for _ in range(PROFILED):
                 served.step()
             torch.cuda.synchronize()
-    kernels = sorted(
-        (event.time_range.start, event.time_range.end, event.name)
-        for event in profile.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-    )
+    kernels = kernels_of(profile)
     if show:
         print_step(kernels[-len(kernels) // PROFILED :])
     return {"tbt_us": round(seconds * 1e6, 1), "first_steps_s": round(first, 1)} | of_kernels(kernels)

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from facts import add_commit, facts
-from timers import layer_us, read_bandwidth
+from timers import kernels_of, layer_us, read_bandwidth
 
 import lil_ops
 
@@ -74,11 +74,7 @@ def until(graph: torch.cuda.CUDAGraph) -> list[list]:
         for _ in range(REPLAYS):
             graph.replay()
         torch.cuda.synchronize()
-    kernels = sorted(
-        (event.time_range.start, event.time_range.end, event.name)
-        for event in profile.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA and "lil::" in event.name
-    )
+    kernels = [kernel for kernel in kernels_of(profile) if "lil::" in kernel[2]]
     each, rest = divmod(len(kernels), REPLAYS * LAYERS)
     assert rest == 0, f"{len(kernels)} kernels"
     ends = [end for _, end, _ in kernels]

@@ -37,6 +37,15 @@ def layer_us(graph: torch.cuda.CUDAGraph, layers: int, least: int = 1) -> float:
     return median_us(replays) / rounds / layers
 
 
+def kernels_of(profile: torch.profiler.profile) -> list[tuple[float, float, str]]:
+    """When each kernel began and ended, in microseconds, and its name; by when they began."""
+    return sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+
+
 def read_bandwidth() -> float:
     """Bytes a second of a bf16 sum over 2 GB."""
     data = torch.ones(1 << 30, dtype=torch.bfloat16, device="cuda")

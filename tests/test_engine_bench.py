@@ -1,8 +1,12 @@
 """bench/engine_gpu.py: what it makes of a profile."""
 
+from types import SimpleNamespace as Some
+
 import pytest
 
 pytest.importorskip("transformers")
+
+import torch
 
 
 def test_kernels_that_wait_for_each_other_count_once(bench):
@@ -13,3 +17,12 @@ def test_kernels_that_wait_for_each_other_count_once(bench):
     found = engine_gpu.of_kernels(kernels)
     assert found["stop_us"] == round(5 / engine_gpu.PROFILED, 2)
     assert found["gap_us"] == 3
+
+
+def test_kernels_of_a_profile(bench):
+    def event(start, end, name, device="CUDA"):
+        of = getattr(torch.autograd.DeviceType, device)
+        return Some(time_range=Some(start=start, end=end), name=name, device_type=of)
+
+    events = [event(3, 4, "b"), event(1, 2, "a"), event(0, 9, "launch", "CPU")]
+    assert bench("timers").kernels_of(Some(events=lambda: events)) == [(1, 2, "a"), (3, 4, "b")]
