@@ -40,7 +40,7 @@ SANITIZED = (
     "ragged or many_pages or more_pages or long_sequence or empty or values_out or only_at_interval or any_masses or "
     "selected_pages or loss_bounds or in_a_row or test_meanstd_estimates or many_heads or test_random_cases or "
     "always_read or many_keys or any_representatives or step_by_step or "
-    "leading_dimensions or one_after_another or rows_do_not_meet or rotates_as_transformers or "
+    "leading_dimensions or one_after_another or one_behind or rows_do_not_meet or rotates_as_transformers or "
     "a_bad_row or full_to_the_last or states_move or another_vocabulary)"
 )
 PROCESSES = ["-n", "8"] if importlib.util.find_spec("xdist") else []

@@ -188,6 +188,29 @@ def test_same_bits_every_time(device, outputs):
         assert torch.equal(lil_ops.decode_linear(**arguments), want)
 
 
+def test_one_behind_attention(device):
+    """While x is on its way, weights are read ahead; they are multiplied all the same."""
+    skip_what_cuda_refuses(device, torch.bfloat16)
+    g = torch.Generator().manual_seed(0)
+    q, k_cache, v_cache = (
+        torch.randn(shape, generator=g).bfloat16().to(device)
+        for shape in ((1, 64, 128), (256, 8, 16, 128), (256, 8, 16, 128))
+    )
+    page_table = torch.randperm(256, generator=g).int().view(1, 256).to(device)
+    seq_lens = torch.tensor([4096], dtype=torch.int32, device=device)
+    pages = torch.arange(64, dtype=torch.int32, device=device).repeat(1, 8, 1)
+
+    def attended():
+        out, _ = lil_ops.sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages)
+        return out.flatten(1)
+
+    arguments = case(device, torch.bfloat16, 1, 8192, 256, norm=True, gated=True) | {"x": attended()}
+    check(arguments)
+    want = lil_ops.decode_linear(**arguments)
+    for _ in range(20):
+        assert torch.equal(lil_ops.decode_linear(**arguments | {"x": attended()}), want)
+
+
 def test_leading_dimensions(device):
     skip_what_cuda_refuses(device, torch.bfloat16)
     arguments = case(device, torch.bfloat16, 6, 64, 32, norm=True, residual=True, rotated=32)
