@@ -203,11 +203,12 @@ def main() -> None:
             rows.append({"shape": shape, "batch": batch, "context": context, "how": how} | found)
             rows[-1]["floor_us"] = round(floor, 1)
             print(rows[-1], flush=True)
+            # A run that is cut off leaves what it has found.
+            run = of_run | {"read_gb_s": round(bandwidth / 1e9), "budget": BUDGET, "rows": rows}
+            options.out.write_text(json.dumps({"runs": [run]}, indent=1) + "\n")
         del model
         gc.collect()
         torch.cuda.empty_cache()
-    run = of_run | {"read_gb_s": round(bandwidth / 1e9), "budget": BUDGET, "rows": rows}
-    options.out.write_text(json.dumps({"runs": [run]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

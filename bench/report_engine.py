@@ -40,14 +40,14 @@ warm. *Ended*: before the limit of new tokens. *Transformers by it*: its JCT ove
 NAMES = {"generate": "transformers", "static": "transformers, static"}
 
 
-AN_EARLIER_RUN = """An earlier run, not to be compared with the one above: `{command}`; commit {commit}."""
+ANOTHER_RUN = """Another run, not to be compared with the one above: `{command}`; commit {commit}."""
 
 
 def engine_lines(result: dict) -> list[str]:
-    last, *earlier = result["runs"]
-    lines = [ENGINE.format(**last, **last["versions"]) + NOTE, "", *_table(last), *_note(last)]
-    for run in earlier:
-        lines += ["", AN_EARLIER_RUN.format(**run), "", *_table(run), *_note(run)]
+    shown, *others = result["runs"]
+    lines = [ENGINE.format(**shown, **shown["versions"]) + NOTE, "", *_table(shown), *_note(shown)]
+    for run in others:
+        lines += ["", ANOTHER_RUN.format(**run), "", *_table(run), *_note(run)]
     return lines
 
 

@@ -58,12 +58,7 @@ __device__ inline bool barrier_is_over(Barrier& barrier, uint32_t parity) {
 // The L2 policy of what is read once: it leaves before what others will read again.
 __device__ inline uint64_t evict_first() {
   uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ inline uint64_t evict_normal() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 
@@ -74,6 +69,9 @@ __device__ inline void bulk_copy(void* to, const void* from, int32_t bytes, Barr
           "r"(shared_address(to)),
       "l"(from), "r"(bytes), "r"(shared_address(&barrier)), "l"(policy)
       : "memory");
+}
+__device__ inline void bulk_prefetch(const void* from, int32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 #endif

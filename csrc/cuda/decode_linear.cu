@@ -28,9 +28,8 @@ struct Ring {
   static constexpr int kStageBytes = Rows * kPitch, kBytes = kStages * kStageBytes;
 };
 
-// Stages that a block has on their way until x is there: enough that all blocks together keep memory busy, and so few
-// that the loads of the kernels ahead do not wait behind the rings of a whole chip.
-constexpr int kOnTheWay = 2;
+// Nanoseconds between two stages that a block asks L2 for.
+constexpr unsigned kPause = 600;
 
 // Columns of x that a block keeps for all units, where that is all of x; or else has loaded before it needs them: half
 // as many with a norm, which takes registers until it has been applied.
@@ -157,8 +156,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   extern __shared__ __align__(16) unsigned char ring[];  // [kStages][Rows][kPitch]
   __shared__ Sums sums[2][kWarps];
   __shared__ float squares[kWarps][8];
-  __shared__ Barrier full[kStages], empty[kStages], ahead[kCopying];
-  __shared__ __align__(16) unsigned char nowhere[kPitch];
+  __shared__ Barrier full[kStages], empty[kStages];
   // A decode_linear that is next reads weights meanwhile. Attention, which follows a rotation, has nothing to read yet,
   // and its blocks would crowd on the few multiprocessors that have room: it starts when this kernel ends.
   if (p.rotated == 0) let_next_start();
@@ -167,7 +165,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       barrier_init(full[i], kCopying);
       barrier_init(empty[i], kWarps);
     }
-    for (auto& barrier : ahead) barrier_init(barrier, 1);
     barriers_are_ready();
   }
   __syncthreads();
@@ -185,27 +182,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (warp >= kWarps) {
     constexpr int kMine = Rows / kCopying;
     const int32_t r = (warp - kWarps) * kMine + lane;
+    const uint64_t once = evict_first();
     const auto row_of = [&](int32_t unit) {
       return static_cast<const T*>(p.weight) + weight_row<Rows>(p, unit, r) * p.in_features;
     };
-    const auto copy = [&](unsigned char* to, const T* row, int32_t stage, Barrier& barrier, uint64_t policy) {
-      const int32_t bytes = 2 * min(kColumns, columns - stage * kColumns);
-      if (lane == 0) barrier_expect(barrier, bytes * kMine);
-      __syncwarp();
-      if (lane < kMine) bulk_copy(to, row + stage * kColumns, bytes, barrier, policy);
-    };
-    const auto is_over = [&](Barrier& barrier) { return __any_sync(~0u, barrier_is_over(barrier, 0)); };
-    const auto x_is_there = [&] { return is_over(empty[0]); };
-    // From this stage on L2 can have what the ring has no room for, until x is there: copied to where nobody reads it.
-    // A prefetch is slower, and what it has brought is slower to read.
-    const auto read_ahead = [&](int32_t unit, int32_t stage) {
-      Barrier& barrier = ahead[warp - kWarps];
-      uint32_t parity = 0;
+    const auto bytes_of = [&](int32_t stage) { return 2 * min(kColumns, columns - stage * kColumns); };
+    // From this stage on L2 can have what the ring has no room for, until x is there. Not before the ring has come, and
+    // not all at once: the kernels ahead would wait for their loads behind it.
+    const auto prefetch_from = [&](int32_t unit, int32_t stage) {
+      const auto is_read = [&] { return barrier_is_over(empty[0], 0); };
+      while (!barrier_is_over(full[kStages - 1], 0) && !is_read()) {
+      }
       for (; unit < units; unit += gridDim.x, stage = 0) {
-        for (; stage < stages; ++stage, parity ^= 1) {
-          if (x_is_there()) return;
-          copy(nowhere, row_of(unit), stage, barrier, evict_normal());
-          barrier_wait(barrier, parity);
+        for (; stage < stages; ++stage) {
+          if (is_read()) return;
+          if (lane < kMine) bulk_prefetch(row_of(unit) + stage * kColumns, bytes_of(stage));
+          __nanosleep(kPause);
         }
       }
     };
@@ -215,14 +207,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int32_t stage = 0; stage < stages; ++stage) {
         if (parity == 1 && !ring_was_full) {
           ring_was_full = true;
-          read_ahead(unit, stage);
+          prefetch_from(unit, stage);
+          __syncwarp();
         }
         barrier_wait(empty[slot], parity ^ 1);
-        if (!ring_was_full && slot >= kOnTheWay) {
-          while (!is_over(full[slot - kOnTheWay]) && !x_is_there()) {
-          }
+        if (lane == 0) barrier_expect(full[slot], bytes_of(stage) * kMine);
+        __syncwarp();
+        if (lane < kMine) {
+          bulk_copy(ring + (slot * Rows + r) * kPitch, row + stage * kColumns, bytes_of(stage), full[slot], once);
         }
-        copy(ring + (slot * Rows + r) * kPitch, row, stage, full[slot], evict_first());
         next();
       }
     }
