@@ -3,7 +3,8 @@
 
     bench/engine_gpu.py [--out FILE] [--shapes qwen-1.5b llama-8b]
 
-Random bf16 models of the shapes of Qwen2.5-1.5B and Llama-3.1-8B, Quest with a budget of 1024 and a Guardian.
+Random bf16 models of the shapes of Qwen2.5-1.5B and Llama-3.1-8B, Quest with a budget of 1024 and a Guardian. Each case
+in a process of its own: nothing of one, and least of all its profiler, is left to the next.
 *Floor*: bytes of the weights, page summaries and selected keys and values that a step reads, over the measured read
 bandwidth. *Kernels*, *stop*, *gap*: from torch's profiler, of steps behind those that are timed: how long at least one
 of a step's kernels runs (each begins before the one ahead has ended), how long `lz77_append` or `guardian_check` does,
@@ -13,13 +14,15 @@ and the longest time in which none runs.
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
+import multiprocessing
 import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -173,6 +176,22 @@ def generate(model: torch.nn.Module, batch: int, context: int, how: str) -> dict
     return {"tbt_us": round(statistics.median(times) * 1e6, 1), "all_s": round(time.perf_counter() - start, 1)}
 
 
+def measure(shape: str, batch: int, context: int, how: str, show: bool) -> tuple[dict, int]:
+    """What a case takes, and the bytes that a step of it must read."""
+    warnings.simplefilter("ignore")
+    model = model_of(shape)
+    if how in ("generate", "static"):
+        found = generate(model, batch, context, how)
+    else:
+        found = engine(model, batch, context, how, show)
+    return found, bytes_of_step(model, batch, context)
+
+
+def in_own_process(function: Callable, *arguments):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=BENCH / "results" / "engine.json")
@@ -182,33 +201,23 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="print the kernels of a step in their order")
     add_commit(parser)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    of_run, bandwidth, rows = facts(commit=options.commit), read_bandwidth(), []
+    of_run, rows = facts(commit=options.commit), []
+    bandwidth = in_own_process(read_bandwidth)
     for shape in options.shapes:
-        model = model_of(shape)
         for batch, context, how in CASES[shape]:
             if how not in (options.how or [how]) or batch not in (options.batches or [batch]):
                 continue
+            row = {"shape": shape, "batch": batch, "context": context, "how": how}
             try:
-                if how in ("generate", "static"):
-                    found = generate(model, batch, context, how)
-                else:
-                    found = engine(model, batch, context, how, options.kernels)
+                found, read = in_own_process(measure, *row.values(), options.kernels)
+                row |= found | {"floor_us": round(read / bandwidth * 1e6, 1)}
             except Exception as error:
-                found = {"error": f"{type(error).__name__}: {error}".partition("\n")[0][:200]}
-            torch._dynamo.reset()
-            gc.collect()
-            torch.cuda.empty_cache()
-            floor = bytes_of_step(model, batch, context) / bandwidth * 1e6
-            rows.append({"shape": shape, "batch": batch, "context": context, "how": how} | found)
-            rows[-1]["floor_us"] = round(floor, 1)
-            print(rows[-1], flush=True)
+                row["error"] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+            rows.append(row)
+            print(row, flush=True)
             # A run that is cut off leaves what it has found.
             run = of_run | {"read_gb_s": round(bandwidth / 1e9), "budget": BUDGET, "rows": rows}
             options.out.write_text(json.dumps({"runs": [run]}, indent=1) + "\n")
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

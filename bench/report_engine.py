@@ -86,7 +86,7 @@ def _table(result: dict) -> list[str]:
         how = NAMES.get(row["how"], row["how"])
         name = f"{row['shape']}, {row['batch']}, {row['context'] // 1024}k"
         if "error" in row:
-            lines.append(f"| {name} | {how} | {row['error']} | {row['floor_us']} | | | | | |")
+            lines.append(f"| {name} | {how} | {row['error']} | | | | | | |")
         elif "kernels" not in row:
             lines.append(f"| {name} | {how} | {row['tbt_us']}{_against(row, result)} | | | | | | |")
         else:

@@ -1,5 +1,7 @@
 """bench/engine_gpu.py: what it makes of a profile."""
 
+import operator
+import os
 from types import SimpleNamespace as Some
 
 import pytest
@@ -26,3 +28,10 @@ def test_kernels_of_a_profile(bench):
 
     events = [event(3, 4, "b"), event(1, 2, "a"), event(0, 9, "launch", "CPU")]
     assert bench("timers").kernels_of(Some(events=lambda: events)) == [(1, 2, "a"), (3, 4, "b")]
+
+
+def test_each_case_has_a_process_of_its_own(bench):
+    in_own_process = bench("engine_gpu").in_own_process
+    assert in_own_process(os.getpid) != os.getpid()
+    with pytest.raises(ZeroDivisionError):
+        in_own_process(operator.truediv, 1, 0)
