@@ -11,9 +11,10 @@ LIL_HOST_DEVICE inline bool begins(const FoldMassParams& p, int64_t held, int32_
   return held >= 0 && held * p.page_size + 1 == length;
 }
 
-// Of the rules in which no slot depends on another. A sequence of no tokens takes no part.
+// Of the rules in which no slot depends on another. A sequence of no tokens takes no part, nor, on CUDA, a negative
+// length.
 LIL_HOST_DEVICE inline float folded(const FoldMassParams& p, float before, float mass, int64_t held, int32_t length) {
-  if (length == 0) return before;
+  if (length <= 0) return before;
   return p.rule == FoldRule::kLast || begins(p, held, length) ? mass : before + mass;
 }
 

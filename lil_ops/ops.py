@@ -13,6 +13,8 @@ cache dtype a scale is an error, also where its summaries are float8: those hold
 Errors: a wrong shape, dtype, device, stride or option raises RuntimeError ``lil::OPERATOR: ARGUMENT: expected ..., got
 ...`` and nothing is written. On the CPU so do lengths, page ids and token ids out of range.
 
+There is no autograd: no gradient flows through an operator, and torch does not learn that what it writes has changed.
+
 A page table is ``[batch, max_pages]``, or ``[batch, kv_heads, max_pages]`` where heads have tables of their own:
 logical page of the sequence -> physical page of the cache, or -1: not mapped. Such a page scores -inf, and attention
 skips it; appending to it is an error. ``seq_lens`` always counts the tokens of the step at hand, appended or about to
@@ -20,6 +22,8 @@ be, and those of pages that are not mapped.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -709,17 +713,37 @@ def guardian_check(
     _lil.guardian_check(sizes, num_tokens, interval, threshold, checkpoint, gain, stop)
 
 
-@torch.library.register_fake("lil::append_kv")
+def _fake(name: str) -> Callable[[Callable], None]:
+    """What tracing runs in place of an operator. A call with one meta tensor comes here too, wherever the others are,
+    and would do nothing."""
+    names = [argument.name for argument in getattr(_lil, name).default._schema.arguments]
+
+    def register(function: Callable) -> None:
+        def checked(*args, **options):
+            given = dict(zip(names, args, strict=False)) | options
+            devices = {argument: value.device for argument, value in given.items() if isinstance(value, torch.Tensor)}
+            expected = next(iter(devices.values()))
+            for argument, device in devices.items():
+                if device != expected:
+                    raise RuntimeError(f"lil::{name}: {argument}: expected device {expected}, got {device}")
+            return function(*args, **options)
+
+        torch.library.register_fake(f"lil::{name}", checked)
+
+    return register
+
+
+@_fake("append_kv")
 def _(k_cache, v_cache, summary, k, v, page_table, seq_lens, cu_seqlens=None, **options):
     return None
 
 
-@torch.library.register_fake("lil::score_pages")
+@_fake("score_pages")
 def _(q, summary, page_table, seq_lens, page_size, **options):
     return q.new_empty((q.size(0), summary.size(1), page_table.size(-1)), dtype=torch.float32)
 
 
-@torch.library.register_fake("lil::select_pages")
+@_fake("select_pages")
 def _(scores, seq_lens, page_size, budget, *, sink=0, recent=1, protected_lens=None):
     batch, kv_heads, max_pages = scores.shape
     capacity = torch.sym_min(budget // page_size, max_pages)
@@ -728,57 +752,57 @@ def _(scores, seq_lens, page_size, budget, *, sink=0, recent=1, protected_lens=N
     )
 
 
-@torch.library.register_fake("lil::sparse_decode")
+@_fake("sparse_decode")
 def _(q, *args, **options):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-@torch.library.register_fake("lil::information_loss")
+@_fake("information_loss")
 def _(lse, *args, **options):
     return torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
 
 
-@torch.library.register_fake("lil::sparse_decode_step")
+@_fake("sparse_decode_step")
 def _(q, *args, **options):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-@torch.library.register_fake("lil::evict_pages")
+@_fake("evict_pages")
 def _(held, *args, **options):
     return held.new_empty(held.shape[:2])
 
 
-@torch.library.register_fake("lil::fold_mass")
+@_fake("fold_mass")
 def _(*args, **options):
     return None
 
 
-@torch.library.register_fake("lil::represent_page")
+@_fake("represent_page")
 def _(*args, **options):
     return None
 
 
-@torch.library.register_fake("lil::compact_kv")
+@_fake("compact_kv")
 def _(k_cache, v_cache, page_table, keep, counts):
     return None
 
 
-@torch.library.register_fake("lil::key_redundancy")
+@_fake("key_redundancy")
 def _(k_cache, page_table, seq_lens, *, threshold=0.5, positions=None):
     slots = page_table.size(-1) * k_cache.size(2)
     return k_cache.new_empty((seq_lens.size(0), k_cache.size(1), slots), dtype=torch.float32)
 
 
-@torch.library.register_fake("lil::decode_linear")
+@_fake("decode_linear")
 def _(x, weight, bias=None, *, norm=None, eps=1e-6, gated=False, residual=None, cos=None, sin=None, rotated=0):
     return x.new_empty((*x.shape[:-1], weight.size(0) // 2 if gated else weight.size(0)))
 
 
-@torch.library.register_fake("lil::lz77_append")
+@_fake("lz77_append")
 def _(state, tokens, counts, vocab_size):
     return state.new_empty((state.size(0),)), state.new_empty((state.size(0),))
 
 
-@torch.library.register_fake("lil::guardian_check")
+@_fake("guardian_check")
 def _(sizes, num_tokens, interval, threshold, checkpoint, gain, stop):
     return None

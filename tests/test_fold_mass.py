@@ -123,6 +123,20 @@ def test_errors(device, change, message):
     assert torch.equal(arguments["priority"], before)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_negative_length(device, rule):
+    priority, mass, held, seq_lens = case(device, 2, 2, 3, 9, 16, 8)
+    seq_lens[1] = -5
+    before = priority.clone()
+    if device == "cpu":
+        with pytest.raises(RuntimeError, match="lil::fold_mass: seq_lens: expected 0 to"):
+            lil_ops.fold_mass(priority, mass, held, seq_lens, 8, rule=rule)
+        assert torch.equal(priority, before)
+    else:
+        lil_ops.fold_mass(priority, mass, held, seq_lens, 8, rule=rule)
+        assert torch.equal(priority[1], before[1])
+
+
 def test_opcheck(device):
     arguments = case(device, 2, 2, 3, 9, 16, 8)
     for rule in RULES:

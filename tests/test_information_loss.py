@@ -128,6 +128,13 @@ def test_is_an_estimate_with_meanstd_scores(device):
     assert errors["meanstd"] < 0.02 < errors["minmax"]
 
 
+@pytest.mark.parametrize("softcap", [50.0, 1e3, 1e6])
+def test_a_softcap_far_above_the_scores(device, softcap):
+    lse, scores = random_case(device, 3, 2, 4, 20)
+    pages, counts = lil_ops.select_pages(scores, ints([160, 59, 1], device), 8, 40)
+    check(lse, scores, ints([160, 59, 1], device), 8, pages, counts, softcap=softcap)
+
+
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_what_is_not_there_adds_nothing(device, softcap):
     """Every page read, no tokens, or the other pages not mapped (-inf also under a softcap)."""

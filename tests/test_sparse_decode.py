@@ -405,6 +405,14 @@ def test_scale_of_zero_is_the_mean(device):
     check(cache, queries(device, 1, 4, 64), scale=0.0, softcap=5.0)
 
 
+@pytest.mark.parametrize("softcap", [50.0, 1e3, 1e6])
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 3.0])
+def test_a_softcap_far_above_the_logits(device, softcap, scale):
+    """Its tanh is of numbers near 0, of which every digit counts."""
+    cache = paged(device, [77, 1, 300])
+    check(cache, queries(device, 3, 4, 64), scale=scale, softcap=softcap, window=50)
+
+
 def test_large_logits(device):
     cache = paged(device, [300])
     cache.k.mul_(100)
@@ -513,6 +521,9 @@ BAD = {
     "counts: expected None": lambda a: a.update(pages=None),
     "window: expected": lambda a: a.update(window=-1),
     "softcap: expected": lambda a: a.update(softcap=-1.0),
+    "softcap: expected at least": lambda a: a.update(softcap=1e-60),
+    "softcap: expected at least 0": lambda a: a.update(softcap=1e39),
+    "scale: expected a number": lambda a: a.update(scale=1e39),
     "q: expected dtype float32, float16 or bfloat16": lambda a: a.update(q=a["q"].to(FLOAT8)),
     "k_cache: expected dtype float32, float16, bfloat16 or float8": lambda a: a.update(k_cache=a["k_cache"].int()),
     "v_cache: expected Float, got Float8": lambda a: a.update(v_cache=a["v_cache"].to(FLOAT8)),
@@ -564,7 +575,7 @@ SEEN_ON_THE_DEVICE = [m for m in BAD if "from 0" in m or "0 to" in m or "-1 or a
 
 def test_wrong_device(device):
     if device == "cpu":
-        pytest.skip("needs a second device: a meta tensor would only choose the fake kernel")
+        pytest.skip("needs a second device")
     cache = paged(device, [40])
     with pytest.raises(RuntimeError, match="lil::sparse_decode: q: expected device cuda:0, got cpu"):
         lil_ops.sparse_decode(*tensors(cache, queries("cpu", 1, 4, 64)))

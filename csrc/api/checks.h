@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -138,6 +139,20 @@ inline void check_aligned(const Tensor& t, const char* op, const char* arg, int6
   bool ok = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % alignment == 0;
   for (int64_t i = 0; i + 1 < t.dim(); ++i) ok = ok && (t.size(i) < 2 || t.stride(i) * size % alignment == 0);
   LIL_CHECK(ok, op, arg, text("rows that begin at multiples of ", alignment, " bytes"), "others");
+}
+
+// The factor of q . k, of a float32; None: 1 / sqrt(head_dim).
+inline float checked_scale(const std::optional<double>& scale, int64_t head_dim, const char* op) {
+  const float value = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim))));
+  LIL_CHECK(std::isfinite(value), op, "scale", "a number within float32's range", text(*scale));
+  return value;
+}
+
+inline float checked_softcap(double softcap, const char* op) {
+  const float value = static_cast<float>(softcap);
+  LIL_CHECK(softcap == 0 || (value > 0 && std::isfinite(value)), op, "softcap",
+            "at least 0 (0: none), within float32's range", text(softcap));
+  return value;
 }
 
 inline const int32_t* int32_data(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }

@@ -22,7 +22,7 @@ Tensor information_loss(const Tensor& lse, const Tensor& scores, const Tensor& s
   check_page_size(page_size, op, "page_size");
   check_max_pages(scores.size(2), page_size, op, "scores");
   const PageLists lists = make_page_lists(pages, counts, scores, op, batch, kv_heads);
-  LIL_CHECK(softcap >= 0, op, "softcap", "at least 0 (0: none)", text(softcap));
+  const float cap = checked_softcap(softcap, op);
   Tensor loss = torch::stable::new_empty(scores, {batch, lse.size(1)}, ScalarType::Float);
   const InformationLossParams params{static_cast<const float*>(lse.const_data_ptr()),
                                      static_cast<const float*>(scores.const_data_ptr()),
@@ -39,7 +39,7 @@ Tensor information_loss(const Tensor& lse, const Tensor& scores, const Tensor& s
                                      lse.size(1) / kv_heads,
                                      scores.size(2),
                                      page_size,
-                                     static_cast<float>(softcap),
+                                     cap,
                                      static_cast<float*>(loss.mutable_data_ptr())};
   if (batch > 0 && params.group > 0) Backend::information_loss(params, scores);
   return loss;

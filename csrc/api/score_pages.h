@@ -28,7 +28,6 @@ ScorePagesParams score_pages_params(const char* op, const Tensor& q, const Tenso
   check_aligned(summary, op, "summary", Backend::kAlignment);
   check_page_size(page_size, op, "page_size");
   check_dense(seq_lens, q, op, "seq_lens", "[batch]", {batch});
-  LIL_CHECK(!scale || *scale > 0, op, "scale", "a positive number (the bound holds for no other)", text(*scale));
 
   ScorePagesParams params{};
   params.q = q.const_data_ptr();
@@ -45,7 +44,8 @@ ScorePagesParams score_pages_params(const char* op, const Tensor& q, const Tenso
   params.group = q_heads / kv_heads;
   params.head_dim = head_dim;
   params.page_size = page_size;
-  params.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim))));
+  params.scale = checked_scale(scale, head_dim, op);
+  LIL_CHECK(params.scale > 0, op, "scale", "a positive number (the bound holds for no other)", text(*scale));
   return params;
 }
 

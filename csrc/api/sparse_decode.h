@@ -32,7 +32,6 @@ SparseDecodeParams sparse_decode_params(const char* op, const Tensor& q, const T
   PageLists lists{};
   if (pages) lists = make_page_lists(*pages, counts, q, op, batch, cache.kv_heads);
   LIL_CHECK(window >= 0, op, "window", "at least 0 tokens (0: no window)", text(window));
-  LIL_CHECK(softcap >= 0, op, "softcap", "at least 0 (0: none)", text(softcap));
 
   SparseDecodeParams params{};
   params.q = q.const_data_ptr();
@@ -51,9 +50,9 @@ SparseDecodeParams sparse_decode_params(const char* op, const Tensor& q, const T
   params.capacity = lists.capacity;
   params.batch = batch;
   params.group = q_heads / cache.kv_heads;
-  params.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(cache.head_dim))));
+  params.scale = checked_scale(scale, cache.head_dim, op);
   params.window = window;
-  params.softcap = static_cast<float>(softcap);
+  params.softcap = checked_softcap(softcap, op);
   return params;
 }
 

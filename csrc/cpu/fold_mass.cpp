@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/backend.h"
+#include "cpu/values.h"
 
 namespace lil::cpu {
 namespace {
@@ -40,6 +41,7 @@ void fold_head(const FoldMassParams& p, int64_t b, int64_t h, const float* mass)
 }  // namespace
 
 void fold_mass(const FoldMassParams& p, const Tensor&) {
+  check_seq_lens("fold_mass", p.seq_lens, p.batch, INT32_MAX);
   constexpr int64_t kGrain = 16;  // a head of a thousand slots is some microseconds
   torch::stable::parallel_for(0, p.batch * p.kv_heads, kGrain, [&](int64_t begin, int64_t end) {
     static thread_local std::vector<float> mass;

@@ -334,25 +334,37 @@ inline Vec operator/(Vec a, Vec b) {
 
 #endif
 
-// e^x to about 1 ulp for x <= 88; x below -87.3 gives e^-87.3, which no sum of exponentials up to e^0 notices.
-// NaN stays NaN.
-inline Vec exp(Vec x) {
-  x = Vec::max(x, Vec::set1(-87.3f));
-  const Vec n = Vec::round(x * Vec::set1(1.44269504089f));
-  Vec r = Vec::fma(n, Vec::set1(-0.693359375f), x);
-  r = Vec::fma(n, Vec::set1(2.12194440e-4f), r);
-  Vec p = Vec::set1(1.9875691500e-4f);
-  constexpr float kTerms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-  for (const float c : kTerms) {
-    p = Vec::fma(p, r, Vec::set1(c));
+// e^x = 2^n (1 + r + r pr), where |r| is about half of log 2 at most. NaN stays NaN.
+struct Power {
+  Vec n, r, pr;
+
+  explicit Power(Vec x) : n(Vec::round(x * Vec::set1(1.44269504089f))) {
+    r = Vec::fma(n, Vec::set1(-0.693359375f), x);
+    r = Vec::fma(n, Vec::set1(2.12194440e-4f), r);
+    Vec p = Vec::set1(1.9875691500e-4f);
+    constexpr float kTerms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                                5.0000001201e-1f};
+    for (const float c : kTerms) {
+      p = Vec::fma(p, r, Vec::set1(c));
+    }
+    pr = p * r;
   }
-  return Vec::scale2(Vec::fma(p * r, r, r + Vec::set1(1.0f)), n);
+};
+
+// e^x to about 1 ulp for x <= 88; x below -87.3 gives e^-87.3, which no sum of exponentials up to e^0 notices.
+inline Vec exp(Vec x) {
+  const Power e(Vec::max(x, Vec::set1(-87.3f)));
+  return Vec::scale2(Vec::fma(e.pr, e.r, e.r + Vec::set1(1.0f)), e.n);
 }
 
-// 1 - 2 / (e^2x + 1); beyond |x| = 15 fp32 has no value between tanh x and 1.
+// (e^2x - 1) / (e^2x + 1), by e^2x - 1 as it is for small x, without the 1; beyond |x| = 15 fp32 has no value between
+// tanh x and 1.
 inline Vec tanh(Vec x) {
   const Vec clamped = Vec::min(Vec::max(x, Vec::set1(-15.0f)), Vec::set1(15.0f));
-  return Vec::set1(1.0f) - Vec::set1(2.0f) / (exp(clamped + clamped) + Vec::set1(1.0f));
+  const Power e(clamped + clamped);
+  const Vec scale = Vec::scale2(Vec::set1(1.0f), e.n);
+  const Vec less_one = Vec::fma(scale, Vec::fma(e.pr, e.r, e.r), scale - Vec::set1(1.0f));
+  return less_one / (less_one + Vec::set1(2.0f));
 }
 
 }  // namespace lil::cpu::LIL_ISA
