@@ -3,6 +3,7 @@ back for a while."""
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,10 +32,17 @@ class Answer:
     max_tokens: int = 256
 
     def __post_init__(self):
+        object.__setattr__(self, "tokens", tuple(operator.index(token) for token in self.tokens))
         if not self.tokens:
             raise ValueError("Answer: tokens: expected at least one id, got none")
         if self.max_tokens < 1:
             raise ValueError(f"Answer: max_tokens: expected at least 1, got {self.max_tokens}")
+
+    def check(self, vocab_size: int) -> None:
+        """Raise ValueError where an id is none of the model's."""
+        for token in self.tokens:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"Answer: tokens: expected ids from 0 to {vocab_size - 1}, got {token}")
 
     @classmethod
     def from_tokenizer(cls, tokenizer, text: str | None = None, max_tokens: int = 256) -> Answer:
@@ -69,6 +77,8 @@ class Rescue:
         for option, value in ("budget", self.budget), ("limit", self.limit):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"Rescue: {option}: expected a whole number, 1 or more, got {value!r}")
+        if self.then is not None and not isinstance(self.then, Answer):
+            raise ValueError(f"Rescue: then: expected an Answer or None, got {self.then!r}")
 
     def check(self, policy) -> None:
         """Raise ValueError where the policy cannot read more."""

@@ -64,8 +64,8 @@ class TokenBudget(StopRule):
     tokens: int = 1024
 
     def __post_init__(self):
-        if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or self.tokens < 1:
-            raise ValueError(f"TokenBudget: tokens: expected a whole number, 1 or more, got {self.tokens!r}")
+        if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or not 1 <= self.tokens < 2**31:
+            raise ValueError(f"TokenBudget: tokens: expected a whole number from 1 to 2**31 - 1, got {self.tokens!r}")
 
     def start(self, batch: int, device: torch.device | str = "cpu") -> TokenBudgetState:
         return TokenBudgetState(self, batch, device)

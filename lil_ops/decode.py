@@ -11,7 +11,7 @@ import torch
 from lil_ops import _C
 from lil_ops.actions import Action
 from lil_ops.integrations.attach import attach
-from lil_ops.loop import ModelLoop, TokenIds, check_prompts, eos_ids, uniforms
+from lil_ops.loop import ModelLoop, TokenIds, check_prompts, eos_ids, uniforms, whole_numbers
 from lil_ops.policies import Policy
 from lil_ops.result import GenerationResult, StepEvent
 from lil_ops.sampling import sample
@@ -275,7 +275,9 @@ def generate(
 
 
 def _seeds(seed: int | Sequence[int], batch: int) -> list[int]:
-    seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
+    seeds = whole_numbers(seed)
+    if not isinstance(seed, Sequence) and len(seeds) == 1:
+        seeds = [seeds[0] + row for row in range(batch)]
     if len(seeds) != batch:
         raise ValueError(f"seed: expected a number, or one for each of {batch} sequences, got {len(seeds)}")
     return seeds

@@ -18,6 +18,7 @@ from lil_ops.actions import Action, ActionEvent, Answer, Course, Rescue
 from lil_ops.cache import OutOfPagesError
 from lil_ops.device_steps import DeviceSteps
 from lil_ops.integrations.compiled import StepCache, compiled
+from lil_ops.integrations.transformers import NAME
 from lil_ops.loop import ModelLoop, check_prompts, eos_ids, uniforms
 from lil_ops.policies import Policy
 from lil_ops.sampling import sample
@@ -72,13 +73,14 @@ class Engine(ModelLoop):
         graph: capture the step in a CUDA graph; None: where that is possible, and a warning says why where it is not.
         lag: steps that the host may be behind the device.
 
-    Use as a context manager; it gives the model attention "lil" meanwhile::
+    Use as a context manager; it gives the model attention "lil" meanwhile (other uses raise RuntimeError)::
 
         with Engine(model, slots=64, max_tokens=4096, policy="quest", budget=1024) as engine:
             for completion in engine.run(requests):
                 print(completion.tokens)
 
-    Raises ValueError for what cannot be served, before any work.
+    Raises ValueError for what cannot be served, before any work. A step that broke off (an interrupt, a full device)
+    has left its sequences between two tokens: all that follows raises RuntimeError.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class Engine(ModelLoop):
         self._steps = DeviceSteps(self.cache.kv)
         self._steps.install()
         self._slots: list[_Slot | None] = [None] * slots
+        self._broke_off = False
         self._reported = 0
         self._reports: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
@@ -170,6 +173,7 @@ class Engine(ModelLoop):
         Raises `OutOfPagesError` where the pools have too few pages left, ValueError where no slot is free and for a
         request that cannot be served; nothing has changed then.
         """
+        self._check_usable()
         (prompt,) = check_prompts([request.prompt], self._vocab_size)
         total = len(prompt) + request.max_new_tokens
         if request.max_new_tokens < 1 or total > self.cache.kv.max_tokens:
@@ -222,12 +226,20 @@ class Engine(ModelLoop):
     @torch.inference_mode()
     def step(self) -> None:
         """Produce one more token in every running slot; does not wait for the device."""
+        self._check_usable()
+        try:
+            self._step()
+        except BaseException:
+            self._broke_off = True
+            raise
+        self._report()
+
+    def _step(self) -> None:
         raised = any(slot and slot.course.rescued_until is not None for slot in self._slots)
         if self._graph_wanted is not False and self._device.type == "cuda":
             self._replay(raised)
         else:
             self._device_step(raised)
-        self._report()
 
     @torch.inference_mode()
     def completed(self, wait: bool = False) -> list[Completion]:
@@ -236,6 +248,7 @@ class Engine(ModelLoop):
         Reads what the device has reported. It waits for a report that is more than ``lag`` steps old, and with ``wait``
         for all.
         """
+        self._check_whole()
         done = []
         while self._reports:
             number, report, event = self._reports[0]
@@ -249,19 +262,23 @@ class Engine(ModelLoop):
 
     def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Serve the requests in their order, as many at a time as there are slots and pages; completions as they come.
+        A request is taken from ``requests`` when there is a slot for it.
 
-        Raises as `add`, where a request cannot be served though nothing runs.
+        Raises as `add`, for too few pages only where a request cannot be served though nothing runs. What runs then is
+        still there: ``run([])`` goes on with it.
         """
-        waiting = deque(requests)
-        while waiting or self.free_slots < len(self._slots):
-            while waiting and self.free_slots:
+        waiting, request = iter(requests), None
+        while True:
+            while self.free_slots and (request := request or next(waiting, None)):
                 try:
-                    self.add(waiting[0])
+                    self.add(request)
                 except OutOfPagesError:
                     if self.free_slots == len(self._slots):
                         raise
                     break  # until somebody ends
-                waiting.popleft()
+                request = None
+            if self.free_slots == len(self._slots):
+                return
             self.step()
             yield from self.completed()
 
@@ -274,6 +291,17 @@ class Engine(ModelLoop):
 
     def _bookkeeping(self) -> tuple[Callable, ...]:
         return self._prepare, self._take, self._close
+
+    def _check_whole(self) -> None:
+        if self._broke_off:
+            raise RuntimeError("Engine: a step broke off, and its sequences are lost; make another Engine")
+
+    def _check_usable(self) -> None:
+        self._check_whole()
+        if self._model.config._attn_implementation != NAME:
+            raise RuntimeError(
+                f"Engine: expected to be used in its `with` block, in which the model has attention {NAME}"
+            )
 
     def synchronize(self) -> None:
         """Wait until the device has done all that it was sent."""

@@ -3,7 +3,6 @@ carry, and stop when it runs out."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +40,7 @@ class Guardian(StopRule):
             raise ValueError(f"Guardian: interval: expected a whole number of tokens, 1 or more, got {self.interval!r}")
         for option in ("threshold", "loss_weight"):
             value = getattr(self, option)
-            if not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+            if not isinstance(value, (int, float)) or not 0 <= value <= torch.finfo(torch.float32).max:
                 raise ValueError(f"Guardian: {option}: expected a finite number, 0 or more, got {value!r}")
         if self.unit not in UNITS:
             raise ValueError(f"Guardian: unit: expected one of {', '.join(UNITS)}, got {self.unit!r}")

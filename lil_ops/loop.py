@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from lil_ops import policies
-from lil_ops.actions import Action, Course, Rescue
+from lil_ops.actions import Action, Answer, Course, Rescue
 from lil_ops.integrations.attach import attach
 from lil_ops.integrations.transformers import NAME, LilCache, cache_argument
 from lil_ops.policies import Policy
@@ -46,8 +47,12 @@ class ModelLoop:
         check_sampling(**sampling)
         if action is not None and guardian is None:
             raise ValueError("action: expected a stop rule beside it (guardian=...), got none")
+        if action is not None and not isinstance(action, Answer | Rescue):
+            raise ValueError(f"action: expected an Answer, a Rescue or None, got {action!r}")
         self._model, self._vocab_size, self._sampling = model, attach(model).vocab_size, sampling
         self._rule, self._action = guardian, action
+        if answer := action.then if isinstance(action, Rescue) else action:
+            answer.check(self._vocab_size)
         if guardian and guardian.needs_loss:
             cache_options = policies.with_loss(policy, cache_options)
         self.cache = LilCache(model, policy, batch=batch, max_tokens=max_tokens, **cache_options)
@@ -116,10 +121,18 @@ def uniforms(count: int, seed: int) -> torch.Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
+def whole_numbers(numbers: int | Iterable[int]) -> list[int]:
+    """One, or several, as a list; also those of numpy and of tensors."""
+    try:
+        return [operator.index(numbers)]
+    except TypeError:
+        return [operator.index(number) for number in numbers]
+
+
 def eos_ids(model: torch.nn.Module, eos_token_id: int | Iterable[int] | None) -> list[int]:
     """The ids as a list; None: the model's own."""
     if eos_token_id is None:
         eos_token_id = model.generation_config.eos_token_id
     if eos_token_id is None:
         return []
-    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    return whole_numbers(eos_token_id)

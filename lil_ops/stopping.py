@@ -112,7 +112,7 @@ class Watch:
         active = torch.ones(1, dtype=torch.bool)
         self._state.check(Progress(newest, phrases, bits, count, active, torch.zeros(1), self._stop))
         self.phrases, self.bits = int(phrases), int(bits)
-        if self._interval > 1 and len(self._seen) % self._interval == 0:
+        if len(self._seen) % self._interval == 0 and self._state.gain >= 0:
             self.gains.append(int(self._state.gain))
         if self._stop:
             self.stopped_at = len(self._seen)

@@ -158,3 +158,22 @@ def test_an_action_that_cannot_be(model, options, message):
 def test_bad_options(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda: Answer((300,), 3), "Answer: tokens: expected ids from 0 to"),
+        (lambda: Rescue(then=Answer((5, -1), 3)), "Answer: tokens: expected ids from 0 to"),
+        (lambda: Rescue(then=Rescue()), "Rescue: then: expected an Answer or None"),
+        (lambda: (1, 2), "action: expected an Answer, a Rescue or None"),
+    ],
+)
+def test_what_cannot_be_done_at_the_stop_is_refused_before_any_work(action, message):
+    model = build("llama")
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts(9), max_new_tokens=5, guardian=TokenBudget(4), action=action())
+
+
+def test_an_answer_in_a_tensor():
+    assert Answer(torch.tensor([3, 4]), 3) == Answer((3, 4), 3)

@@ -127,7 +127,8 @@ def test_what_attention_lost_is_measured(model, requests, rule):
     for request, completion in zip(requests, completions, strict=True):
         result = alone(model, request, measure_loss=True, **options)
         check_same(completion, result)
-        assert completion.lost_bits == pytest.approx(result.lost_bits[0], rel=1e-4)
+        # A batch's products round otherwise: where two pages score the same but for that, the other may be read.
+        assert completion.lost_bits == pytest.approx(result.lost_bits[0], rel=1e-3)
         lost.append(completion.lost_bits)
     assert len(set(lost)) > len(lost) // 2 and max(lost) > 0
     if rule is None:
@@ -236,6 +237,50 @@ def test_what_an_engine_refuses(model):
     if model.device.type == "cpu":
         with pytest.raises(ValueError, match="graph: expected None or False for a model on cpu, got True"):
             Engine(model, slots=1, max_tokens=64, graph=True)
+
+
+def test_after_a_step_that_broke_off_nothing_goes_on(model, requests):
+    with Engine(model, slots=2, max_tokens=96, graph=False) as engine:
+        engine.add(requests[0])
+        interrupted = model.model.layers[2].mlp.register_forward_pre_hook(lambda *arguments: 1 / 0)
+        try:
+            with pytest.raises(ZeroDivisionError):
+                engine.step()
+        finally:
+            interrupted.remove()
+        for use in (engine.step, engine.completed, lambda: engine.add(requests[1]), lambda: list(engine.run([]))):
+            with pytest.raises(RuntimeError, match="Engine: a step broke off"):
+                use()
+
+
+def test_an_engine_is_used_in_its_block(model, requests):
+    """A compiled model would be traced anew, with attention that knows no cache."""
+    with Engine(model, slots=1, max_tokens=96) as engine:
+        engine.add(requests[0])
+    for use in (engine.step, lambda: engine.add(requests[1])):
+        with pytest.raises(RuntimeError, match="expected to be used in its `with` block"):
+            use()
+
+
+def test_requests_are_taken_as_slots_are_free(model, requests):
+    taken = []
+
+    def source():
+        for request in requests[:5]:
+            taken.append(request)
+            yield request
+
+    with Engine(model, slots=2, max_tokens=96) as engine:
+        run = engine.run(source())
+        assert taken == []
+        next(run)
+        assert taken == requests[:2]
+        assert len(list(run)) == 4 and taken == requests[:5]
+
+        # One that cannot be served: what runs goes on.
+        with pytest.raises(ValueError, match="max_new_tokens: expected from 1 to"):
+            list(engine.run([requests[0], Request(requests[1].prompt, 500)]))
+        assert [completion.request for completion in engine.run([])] == [requests[0]]
 
 
 def test_a_step_that_cannot_be_captured_runs_without_a_graph(model, requests, monkeypatch):

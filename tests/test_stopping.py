@@ -62,6 +62,12 @@ def test_repetition(tokens, least, more, count):
     assert rule.feed(tokens).stopped_at == repeats(tokens, rule)
 
 
+def test_gains_of_single_tokens():
+    watch = Guardian(1, 0).feed([1, 2, 1, 2])
+    assert len(watch.gains) == 4 and sum(watch.gains) == watch.phrases
+    assert TokenBudget(5).feed(range(4)).gains == []
+
+
 def test_a_token_budget():
     assert TokenBudget(5).feed(range(9)).stopped_at == 5 and TokenBudget(5).feed(range(4)).stopped_at is None
 
@@ -167,7 +173,9 @@ def test_in_transformers_generate():
         (lambda: Repetition(count=1), "Repetition: count: expected a whole number, 2 or more, got 1"),
         (lambda: Repetition(min_pattern=0), "Repetition: min_pattern"),
         (lambda: Repetition(max_pattern=2, min_pattern=3), "Repetition: max_pattern: .* 3 or more, got 2"),
-        (lambda: TokenBudget(0), "TokenBudget: tokens: expected a whole number, 1 or more, got 0"),
+        (lambda: TokenBudget(0), "TokenBudget: tokens: expected a whole number from 1 to"),
+        (lambda: TokenBudget(2**31), "TokenBudget: tokens: expected a whole number from 1 to"),
+        (lambda: Guardian(3, 1e39), "Guardian: threshold: expected a finite number, 0 or more, got 1e"),
         (lambda: TokenBudget(True), "TokenBudget: tokens"),
     ],
 )

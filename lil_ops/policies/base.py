@@ -50,6 +50,8 @@ class Policy:
     layer and sequence, where ``watches_prompt``; in one of a single token a sequence, once a layer: `write`, `select`,
     and after the attention `observe`, where `mass_of` asks for it, or `fused_step` in place of them. Layers of which
     `reads_all` is true, and sliding-window layers, are not the policy's.
+
+    An object keeps the state of one run: while a cache, a loop or an `Engine` goes on with it, others need their own.
     """
 
     name: ClassVar[str]
