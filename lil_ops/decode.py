@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -275,9 +276,8 @@ def generate(
 
 
 def _seeds(seed: int | Sequence[int], batch: int) -> list[int]:
-    seeds = whole_numbers(seed)
-    if not isinstance(seed, Sequence) and len(seeds) == 1:
-        seeds = [seeds[0] + row for row in range(batch)]
+    several = isinstance(seed, Sequence) or getattr(seed, "ndim", 0) > 0
+    seeds = whole_numbers(seed) if several else [operator.index(seed) + row for row in range(batch)]
     if len(seeds) != batch:
         raise ValueError(f"seed: expected a number, or one for each of {batch} sequences, got {len(seeds)}")
     return seeds

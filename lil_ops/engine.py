@@ -73,14 +73,14 @@ class Engine(ModelLoop):
         graph: capture the step in a CUDA graph; None: where that is possible, and a warning says why where it is not.
         lag: steps that the host may be behind the device.
 
-    Use as a context manager; it gives the model attention "lil" meanwhile (other uses raise RuntimeError)::
+    Use as a context manager, which gives the model attention "lil" (outside, `add` and `step` raise RuntimeError)::
 
         with Engine(model, slots=64, max_tokens=4096, policy="quest", budget=1024) as engine:
             for completion in engine.run(requests):
                 print(completion.tokens)
 
     Raises ValueError for what cannot be served, before any work. A step that broke off (an interrupt, a full device)
-    has left its sequences between two tokens: all that follows raises RuntimeError.
+    has left its sequences between two tokens: `add`, `step` and `completed` raise RuntimeError from then on.
     """
 
     def __init__(
@@ -262,11 +262,12 @@ class Engine(ModelLoop):
 
     def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Serve the requests in their order, as many at a time as there are slots and pages; completions as they come.
-        A request is taken from ``requests`` when there is a slot for it.
+        A request is taken from ``requests`` when there is a slot for it, and may have to wait for pages then.
 
-        Raises as `add`, for too few pages only where a request cannot be served though nothing runs. What runs then is
-        still there: ``run([])`` goes on with it.
+        Raises as `add`, for too few pages only where a request cannot be served though nothing runs. What runs then, or
+        when the iteration is left, is still there, and ``run([])`` goes on with it; a request that waits is not.
         """
+        self._check_usable()
         waiting, request = iter(requests), None
         while True:
             while self.free_slots and (request := request or next(waiting, None)):
@@ -294,7 +295,7 @@ class Engine(ModelLoop):
 
     def _check_whole(self) -> None:
         if self._broke_off:
-            raise RuntimeError("Engine: a step broke off, and its sequences are lost; make another Engine")
+            raise RuntimeError("Engine: a step broke off, so that nothing can go on; make another Engine")
 
     def _check_usable(self) -> None:
         self._check_whole()

@@ -41,7 +41,7 @@ class Guardian(StopRule):
         for option in ("threshold", "loss_weight"):
             value = getattr(self, option)
             if not isinstance(value, (int, float)) or not 0 <= value <= torch.finfo(torch.float32).max:
-                raise ValueError(f"Guardian: {option}: expected a finite number, 0 or more, got {value!r}")
+                raise ValueError(f"Guardian: {option}: expected a number, 0 or more, that float32 has, got {value!r}")
         if self.unit not in UNITS:
             raise ValueError(f"Guardian: unit: expected one of {', '.join(UNITS)}, got {self.unit!r}")
 

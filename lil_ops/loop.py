@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lil_ops import policies
-from lil_ops.actions import Action, Answer, Course, Rescue
+from lil_ops.actions import Action, Course, Rescue
 from lil_ops.integrations.attach import attach
 from lil_ops.integrations.transformers import NAME, LilCache, cache_argument
 from lil_ops.policies import Policy
@@ -47,7 +47,7 @@ class ModelLoop:
         check_sampling(**sampling)
         if action is not None and guardian is None:
             raise ValueError("action: expected a stop rule beside it (guardian=...), got none")
-        if action is not None and not isinstance(action, Answer | Rescue):
+        if action is not None and not isinstance(action, Action):
             raise ValueError(f"action: expected an Answer, a Rescue or None, got {action!r}")
         self._model, self._vocab_size, self._sampling = model, attach(model).vocab_size, sampling
         self._rule, self._action = guardian, action
@@ -118,7 +118,7 @@ def check_prompts(input_ids: TokenIds, vocab_size: int) -> list[torch.Tensor]:
 
 def uniforms(count: int, seed: int) -> torch.Tensor:
     """``[count]`` numbers for `sample`, from a generator of this seed: they depend on nothing else."""
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(count, generator=torch.Generator().manual_seed(operator.index(seed)))
 
 
 def whole_numbers(numbers: int | Iterable[int]) -> list[int]:

@@ -109,6 +109,7 @@ def test_sampling_depends_on_the_rows_own_seed(model):
     assert first != generate(model, batch, seed=8, **options).tokens
     assert first == [generate(model, [prompt], seed=7 + row, **options).tokens[0] for row, prompt in enumerate(batch)]
     assert first == generate(model, batch, seed=np.int64(7), **options).tokens
+    assert first == generate(model, batch, seed=np.array([7, 8, 9]), **options).tokens
     # A seed for each sequence frees it from its place in the batch.
     assert first[::-1] == generate(model, batch[::-1], seed=[9, 8, 7], **options).tokens
     with pytest.raises(ValueError, match="seed: expected a number, or one for each of 3 sequences, got 2"):

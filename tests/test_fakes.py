@@ -5,12 +5,10 @@ import torch
 
 import lil_ops  # noqa: F401  (loads the operators)
 
-OPERATORS = sorted(
-    name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("lil::")
-)
+NAMES = sorted(name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("lil::"))
 TENSORS = [
     (name, argument.name)
-    for name in OPERATORS
+    for name in NAMES
     for argument in getattr(torch.ops.lil, name).default._schema.arguments
     if "Tensor" in str(argument.type)
 ]

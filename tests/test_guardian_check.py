@@ -136,10 +136,10 @@ def test_unit(device, unit, stopped):
         ({"interval": 2.5}, "Guardian: interval"),
         ({"interval": True}, "Guardian: interval"),
         ({"interval": 2**31}, "Guardian: interval"),
-        ({"threshold": -1}, "Guardian: threshold: expected a finite number, 0 or more, got -1"),
+        ({"threshold": -1}, "Guardian: threshold: expected a number, 0 or more, that float32 has, got -1"),
         ({"threshold": float("nan")}, "Guardian: threshold"),
-        ({"threshold": "20"}, "Guardian: threshold: expected a finite number, 0 or more, got '20'"),
-        ({"loss_weight": -1.0}, "Guardian: loss_weight: expected a finite number, 0 or more, got -1"),
+        ({"threshold": "20"}, "Guardian: threshold: expected a number, 0 or more, that float32 has, got '20'"),
+        ({"loss_weight": -1.0}, "Guardian: loss_weight: expected a number, 0 or more, that float32 has, got -1"),
         ({"unit": "bytes"}, "Guardian: unit: expected one of phrases, bits, got 'bytes'"),
     ],
 )

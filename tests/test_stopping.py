@@ -175,7 +175,7 @@ def test_in_transformers_generate():
         (lambda: Repetition(max_pattern=2, min_pattern=3), "Repetition: max_pattern: .* 3 or more, got 2"),
         (lambda: TokenBudget(0), "TokenBudget: tokens: expected a whole number from 1 to"),
         (lambda: TokenBudget(2**31), "TokenBudget: tokens: expected a whole number from 1 to"),
-        (lambda: Guardian(3, 1e39), "Guardian: threshold: expected a finite number, 0 or more, got 1e"),
+        (lambda: Guardian(3, 1e39), "Guardian: threshold: expected a number, 0 or more, that float32 has, got 1e"),
         (lambda: TokenBudget(True), "TokenBudget: tokens"),
     ],
 )

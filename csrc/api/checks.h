@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
+#include <cstdio>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -29,7 +30,13 @@ inline void append_text(std::string& out, const char* part) { out += part; }
 template <class Number>
   requires std::is_arithmetic_v<Number>
 void append_text(std::string& out, Number part) {
-  out += std::to_string(part);
+  if constexpr (std::is_floating_point_v<Number>) {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%g", static_cast<double>(part));
+    out += digits;
+  } else {
+    out += std::to_string(part);
+  }
 }
 
 template <class... Parts>
@@ -144,14 +151,14 @@ inline void check_aligned(const Tensor& t, const char* op, const char* arg, int6
 // The factor of q . k, of a float32; None: 1 / sqrt(head_dim).
 inline float checked_scale(const std::optional<double>& scale, int64_t head_dim, const char* op) {
   const float value = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim))));
-  LIL_CHECK(std::isfinite(value), op, "scale", "a number within float32's range", text(*scale));
+  LIL_CHECK(std::isfinite(value), op, "scale", "a number of a size that float32 has", text(*scale));
   return value;
 }
 
 inline float checked_softcap(double softcap, const char* op) {
   const float value = static_cast<float>(softcap);
   LIL_CHECK(softcap == 0 || (value > 0 && std::isfinite(value)), op, "softcap",
-            "at least 0 (0: none), within float32's range", text(softcap));
+            "at least 0 (0: none), of a size that float32 has", text(softcap));
   return value;
 }
 

@@ -2,8 +2,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
-
 #include "api/append_kv.h"
 #include "api/checks.h"
 #include "api/name.h"

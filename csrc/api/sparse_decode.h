@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
 #include <tuple>
 
 #include "api/checks.h"
