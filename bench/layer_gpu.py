@@ -86,7 +86,8 @@ def until(graph: torch.cuda.CUDAGraph) -> list[list]:
     return found
 
 
-def measure(shape: str, batch: int, bandwidth: float) -> dict:
+def graph_of(shape: str, batch: int) -> tuple[torch.cuda.CUDAGraph, list[Layer], torch.Tensor]:
+    """All layers, one after the other; they and their input, which the graph reads."""
     angles = (normal(batch, HEAD_DIM), normal(batch, HEAD_DIM))
     layers, x = [Layer(shape, batch, angles) for _ in range(LAYERS)], normal(batch, SHAPES[shape][0])
 
@@ -101,6 +102,11 @@ def measure(shape: str, batch: int, bandwidth: float) -> dict:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
+    return graph, layers, x
+
+
+def measure(shape: str, batch: int, bandwidth: float) -> dict:
+    graph, layers, _x = graph_of(shape, batch)
     width = SHAPES[shape][3] * HEAD_DIM * 2
     read = layers[0].weights_bytes() + batch * (CONTEXT // PAGE + BUDGET) * 2 * width
     return {

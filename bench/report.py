@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from report_engine import engine_lines, jct_lines, layer_lines, linears_lines
+from report_engine import engine_lines, jct_lines, layer_lines, linears_lines, memory_lines
 from report_field import field_lines
 from report_loss import loss_lines
 
@@ -342,6 +342,7 @@ def report() -> None:
     makers |= {
         "linears_cuda": linears_lines,
         "layer_cuda": layer_lines,
+        "layer_memory": memory_lines,
         "engine": engine_lines,
         "jct": jct_lines,
         "jct_30k": jct_lines,

@@ -1,7 +1,9 @@
-"""docs/performance.md: linear layers, a layer, the engine and end to end on CUDA, from bench/results/linears_cuda.json,
-layer_cuda.json, engine.json and jct.json."""
+"""docs/performance.md: linear layers, a layer, its memory, the engine and end to end on CUDA, from
+bench/results/linears_cuda.json, layer_cuda.json, layer_memory.json, engine.json and jct.json."""
 
 from __future__ import annotations
+
+import itertools
 
 LINEARS = """## Linear layers of a decode step on CUDA
 
@@ -20,6 +22,13 @@ their order, how long after the one ahead each has ended.
 
 | model, batch | layer | floor | layer / floor | kernels |
 | --- | ---: | ---: | ---: | --- |"""
+MEMORY = """## Memory in a decode layer on CUDA
+
+{device}; torch {torch}; {date}, commit {commit}; `{command}`. The layers of the table above, sampled by Nsight Compute,
+which slows them a little: microseconds of a layer in which memory reads at so large a share of its peak.
+
+| model, batch | layer | {bands} |
+| --- | ---: | {rulers} |"""
 ENGINE = """## The engine on CUDA
 
 {device}, {read_gb_s} GB/s read; torch {torch}, transformers {transformers}; {date}, commit {commit}; `{command}`.
@@ -70,6 +79,16 @@ def layer_lines(result: dict) -> list[str]:
         name, over = f"{row['shape']}, {row['batch']}", row["us"] / row["floor_us"]
         lines.append(f"| {name} | {row['us']} | {row['floor_us']} | {over:.2f}x | {kernels} |")
     return lines
+
+
+def memory_lines(result: dict) -> list[str]:
+    edges = [0, *result["edges"], 100]
+    bands = [f"{low} to {high} %" for low, high in itertools.pairwise(edges)]
+    table = " | ".join(bands), " | ".join(["---:"] * len(bands))
+    lines = MEMORY.format(**result, **result["versions"], bands=table[0], rulers=table[1]).splitlines()
+    for row in result["rows"]:
+        lines.append(f"| {row['shape']}, {row['batch']} | {row['us']} | {' | '.join(map(str, row['bands_us']))} |")
+    return lines + _note(result)
 
 
 def _note(run: dict) -> list[str]:
