@@ -43,8 +43,8 @@ SANITIZED = (
     "leading_dimensions or one_after_another or one_behind or rows_do_not_meet or rotates_as_transformers or "
     "a_bad_row or full_to_the_last or states_move or another_vocabulary)"
 )
-# Where decode_linear fills a place again. racecheck takes a warp's arrival, which is its first lane's, for that lane's
-# own, and reports the reads of the other 31, though __syncwarp puts them before it.
+# Where decode_linear fills a place again, racecheck reports the reads of 31 of 32 lanes, as if a warp's arrival, which
+# is its first lane's behind a __syncwarp, were that lane's own.
 NOT_FOR_RACECHECK = "one_behind"
 PROCESSES = ["-n", "8"] if importlib.util.find_spec("xdist") else []
 TOOLS = os.environ.get("LIL_SANITIZER", "memcheck racecheck initcheck synccheck").split()

@@ -119,16 +119,17 @@ def test_a_loss_aware_rule(model, requests):
 
 @pytest.mark.parametrize("rule", [None, Guardian(8, 7), Guardian(8, 4, loss_aware=True)])
 def test_what_attention_lost_is_measured(model, requests, rule):
-    """For each sequence by itself, whoever was in its slot before; and nothing where nobody asks."""
-    options = {"policy": "quest", "budget": 32, "dense_layers": 0, "page_size": 8, "guardian": rule}
+    """For each sequence by itself, whoever was in its slot before; and nothing where nobody asks. By estimates: the
+    bounds of this model are so near to 1 that their last digit, which a batch may change, is a bit and more."""
+    options = {"policy": "quest", "budget": 32, "dense_layers": 0, "page_size": 8, "scoring": "meanstd"}
+    options["guardian"] = rule
     options["action"] = Rescue(limit=1) if rule else None
     lost = []
     completions = served(model, requests, measure_loss=True, **options)
     for request, completion in zip(requests, completions, strict=True):
         result = alone(model, request, measure_loss=True, **options)
         check_same(completion, result)
-        # A batch's products round otherwise: where two pages score the same but for that, the other may be read.
-        assert completion.lost_bits == pytest.approx(result.lost_bits[0], rel=1e-3)
+        assert completion.lost_bits == pytest.approx(result.lost_bits[0], rel=1e-4)
         lost.append(completion.lost_bits)
     assert len(set(lost)) > len(lost) // 2 and max(lost) > 0
     if rule is None:
