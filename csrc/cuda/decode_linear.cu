@@ -28,6 +28,10 @@ struct Ring {
   static constexpr int kStageBytes = Rows * kPitch, kBytes = kStages * kStageBytes;
 };
 
+// Stages of a block that are on their way at once. They keep memory busy; behind more of them every other load would
+// wait in line: attention's, and those of x.
+constexpr int kInFlight = 2;
+
 // Nanoseconds between two stages that a block asks L2 for.
 constexpr unsigned kPause = 600;
 
@@ -69,12 +73,13 @@ struct Columns {
     }
   }
 
-  // Adds products of rows with each other to `squares`, of which the diagonal is what counts; then multiplies by
-  // `norm`.
-  __device__ void scale(const Columns& norm, float (&squares)[4]) {
+  // Adds products of rows with each other to `squares`, of which the diagonal is what counts, two sums in turns; then
+  // multiplies by `norm`.
+  __device__ void scale(const Columns& norm, float (&squares)[2][4]) {
 #pragma unroll
     for (int i = 0; i < Chunks; ++i) {
-      mma_chunk<T>(squares, data[i], uint4{}, data[i]);
+      mma<T>(squares[0], data[i].x, 0, data[i].y, 0, data[i].x, data[i].y);
+      mma<T>(squares[1], data[i].z, 0, data[i].w, 0, data[i].z, data[i].w);
       data[i].x = product(data[i].x, norm.data[i].x);
       data[i].y = product(data[i].y, norm.data[i].y);
       data[i].z = product(data[i].z, norm.data[i].z);
@@ -163,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(full[i], kCopying);
-      barrier_init(empty[i], kWarps);
+      barrier_init(empty[i], kMultiplying);
     }
     barriers_are_ready();
   }
@@ -188,7 +193,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     };
     const auto bytes_of = [&](int32_t stage) { return 2 * min(kColumns, columns - stage * kColumns); };
     // From this stage on L2 can have what the ring has no room for, until x is there. Not before the ring has come, and
-    // not all at once: the kernels ahead would wait for their loads behind it.
+    // not all at once: the kernels ahead would wait for their loads behind it. A layer of fewer outputs than inputs
+    // comes behind the one that makes them, which has memory busy.
+    const bool reads_ahead = p.in_features <= p.out_features;
     const auto prefetch_from = [&](int32_t unit, int32_t stage) {
       const auto is_read = [&] { return barrier_is_over(empty[0], 0); };
       while (!barrier_is_over(full[kStages - 1], 0) && !is_read()) {
@@ -207,10 +214,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int32_t stage = 0; stage < stages; ++stage) {
         if (parity == 1 && !ring_was_full) {
           ring_was_full = true;
-          prefetch_from(unit, stage);
+          if (reads_ahead) prefetch_from(unit, stage);
           __syncwarp();
         }
         barrier_wait(empty[slot], parity ^ 1);
+        const int32_t ahead = (slot + kStages - kInFlight) % kStages;
+        if (ring_was_full || slot >= kInFlight) barrier_wait(full[ahead], slot < kInFlight ? parity ^ 1 : parity);
         if (lane == 0) barrier_expect(full[slot], bytes_of(stage) * kMine);
         __syncwarp();
         if (lane < kMine) {
@@ -227,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int32_t end = n < p.rows ? columns : 0;
   constexpr int kInputs = kHeld / (Norm && !Held ? 2 : 1) / kColumns, kNorms = Held ? kInputs : 1;
   Columns<T, kChunks> x[kInputs], norm[kNorms];
-  float square[4] = {};
+  float square[2][4] = {};
   if constexpr (Norm) {
 #pragma unroll
     for (int i = 0; i < kNorms; ++i) norm[i].load(norms, first + i * kColumns, end);
@@ -270,8 +279,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           mma_chunk<T>(acc[j % 2], low, high, x[i].data[j]);
         }
         reads_are_done();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(empty[slot]);
+        barrier_arrive(empty[slot]);
         next();
         left -= kColumns;
         // Behind the last stages, of the next unit.
@@ -283,7 +291,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
     for (int i = 0; i < Rows / 4; ++i) my_sums[i / 2 * 64 + (2 * c + i % 2) * 8 + n] = acc[0][i] + acc[1][i];
     // Of the same x for every unit.
-    if (Norm && unit == blockIdx.x && c == n / 2) squares[warp][n] = n % 2 ? square[1] : square[0];
+    if (Norm && unit == blockIdx.x && c == n / 2) {
+      squares[warp][n] = n % 2 ? square[0][1] + square[1][1] : square[0][0] + square[1][0];
+    }
     // The multiplying warps alone. The other side's sums have been read by all who come here.
     asm volatile("bar.sync 1, %0;" ::"n"(kMultiplying) : "memory");
     if (ending.writes(p)) {
