@@ -88,7 +88,7 @@ def memory_lines(result: dict) -> list[str]:
     lines = MEMORY.format(**result, **result["versions"], bands=table[0], rulers=table[1]).splitlines()
     for row in result["rows"]:
         lines.append(f"| {row['shape']}, {row['batch']} | {row['us']} | {' | '.join(map(str, row['bands_us']))} |")
-    return lines + _note(result)
+    return lines
 
 
 def _note(run: dict) -> list[str]:
