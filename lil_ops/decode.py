@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -52,8 +53,8 @@ class DecodeLoop(ModelLoop):
         page_size: int = 16,
         **policy_options,
     ):
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected a whole number of at least 1, got {max_new_tokens!r}")
         self._prompts = check_prompts(input_ids, attach(model).vocab_size)
         lengths = [len(prompt) for prompt in self._prompts]
         batch = len(lengths)

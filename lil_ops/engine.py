@@ -11,6 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 
@@ -175,12 +176,11 @@ class Engine(ModelLoop):
         """
         self._check_usable()
         (prompt,) = check_prompts([request.prompt], self._vocab_size)
-        total = len(prompt) + request.max_new_tokens
-        if request.max_new_tokens < 1 or total > self.cache.kv.max_tokens:
-            most = self.cache.kv.max_tokens - len(prompt)
+        most = self.cache.kv.max_tokens - len(prompt)
+        if not isinstance(request.max_new_tokens, Integral) or not 1 <= request.max_new_tokens <= most:
             raise ValueError(
-                f"Engine: max_new_tokens: expected from 1 to {most} behind a prompt of {len(prompt)} tokens, "
-                f"got {request.max_new_tokens}"
+                f"Engine: max_new_tokens: expected a whole number from 1 to {most} behind a prompt of {len(prompt)} "
+                f"tokens, got {request.max_new_tokens!r}"
             )
         if not self.free_slots:
             raise ValueError(f"Engine: expected a free slot, got {len(self._slots)} that are taken")

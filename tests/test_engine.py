@@ -145,8 +145,9 @@ def test_pages_of_whole_sequences_are_taken_at_once_or_not_at_all(model):
             engine.add(Request(prompts(30)[0], max_new_tokens=30))
         engine.add(Request(prompts(30)[0], max_new_tokens=19))  # 48: 3 pages
         assert engine.free_slots == 0
-        with pytest.raises(ValueError, match="Engine: max_new_tokens: expected from 1 to 24 behind a prompt of 40"):
-            engine.add(Request(prompts(40)[0], max_new_tokens=25))
+        for count in (25, 0, 2.0):
+            with pytest.raises(ValueError, match=f"a whole number from 1 to 24 behind a prompt of 40 .*, got {count}"):
+                engine.add(Request(prompts(40)[0], max_new_tokens=count))
 
 
 class AtFive(StopRule):
@@ -279,7 +280,7 @@ def test_requests_are_taken_as_slots_are_free(model, requests):
         assert len(list(run)) == 4 and taken == requests[:5]
 
         # One that cannot be served: what runs goes on.
-        with pytest.raises(ValueError, match="max_new_tokens: expected from 1 to"):
+        with pytest.raises(ValueError, match="max_new_tokens: expected a whole number from 1 to"):
             list(engine.run([requests[0], Request(requests[1].prompt, 500)]))
         assert [completion.request for completion in engine.run([])] == [requests[0]]
 
