@@ -29,8 +29,10 @@ Tensor decode_linear(const Tensor& x, const Tensor& weight, const std::optional<
   const int64_t unit = gated ? 32 : 16;
   LIL_CHECK(weight.size(0) > 0 && weight.size(0) % unit == 0, op, "weight",
             text("out_features a multiple of 16", gated ? ", twice as many rows" : ""), text(weight.size(0), " rows"));
-  LIL_CHECK(weight.size(0) <= INT32_MAX && in_features <= INT32_MAX, op, "weight",
-            "at most 2147483647 rows and columns", shape_text(weight));
+  // Kernels count rows and columns, and a few beyond the last, in int32.
+  constexpr int64_t most = int64_t{1} << 30;
+  LIL_CHECK(weight.size(0) <= most && in_features <= most, op, "weight", text("at most ", most, " rows and columns"),
+            shape_text(weight));
   const int64_t out_features = gated ? weight.size(0) / 2 : weight.size(0);
   LIL_CHECK(!(gated && bias), op, "bias", "None where gated", shape_text(*bias));
   if (bias) check_dense(*bias, x, op, "bias", "[out_features]", {out_features}, x.scalar_type());
