@@ -28,8 +28,8 @@ struct Ring {
   static constexpr int kStageBytes = Rows * kPitch, kBytes = kStages * kStageBytes;
 };
 
-// Stages of a block that are on their way at once. They keep memory busy; behind more of them every other load would
-// wait in line: attention's, and those of x.
+// Stages of a block that are on their way at once. They keep memory busy; behind more of them other loads would wait in
+// line: attention's, and those of x.
 constexpr int kInFlight = 2;
 
 // Nanoseconds between two stages that a block asks L2 for.
@@ -193,8 +193,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     };
     const auto bytes_of = [&](int32_t stage) { return 2 * min(kColumns, columns - stage * kColumns); };
     // From this stage on L2 can have what the ring has no room for, until x is there. Not before the ring has come, and
-    // not all at once: the kernels ahead would wait for their loads behind it. A layer of fewer outputs than inputs
-    // comes behind the one that makes them, which has memory busy.
+    // not all at once: the kernels ahead would wait for their loads behind it. A layer of fewer outputs than inputs is
+    // taken for the second of two, behind one that has memory busy.
     const bool reads_ahead = p.in_features <= p.out_features;
     const auto prefetch_from = [&](int32_t unit, int32_t stage) {
       const auto is_read = [&] { return barrier_is_over(empty[0], 0); };
@@ -218,6 +218,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           __syncwarp();
         }
         barrier_wait(empty[slot], parity ^ 1);
+        // Until the stage kInFlight before this one has come, in this turn of the ring or in the last.
         const int32_t ahead = (slot + kStages - kInFlight) % kStages;
         if (ring_was_full || slot >= kInFlight) barrier_wait(full[ahead], slot < kInFlight ? parity ^ 1 : parity);
         if (lane == 0) barrier_expect(full[slot], bytes_of(stage) * kMine);
