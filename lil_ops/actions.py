@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from lil_ops.checks import is_whole
+
 THINK_END = "</think>"
 
 
@@ -35,8 +37,10 @@ class Answer:
         object.__setattr__(self, "tokens", tuple(operator.index(token) for token in self.tokens))
         if not self.tokens:
             raise ValueError("Answer: tokens: expected at least one id, got none")
-        if self.max_tokens < 1:
-            raise ValueError(f"Answer: max_tokens: expected at least 1, got {self.max_tokens}")
+        if not is_whole(self.max_tokens, 1):
+            raise ValueError(
+                f"Answer: max_tokens: expected a whole number from 1 to 2**31 - 1, got {self.max_tokens!r}"
+            )
 
     def check(self, vocab_size: int) -> None:
         """Raise ValueError where an id is none of the model's."""
@@ -74,9 +78,9 @@ class Rescue:
     then: Answer | None = None
 
     def __post_init__(self):
-        for option, value in ("budget", self.budget), ("limit", self.limit):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"Rescue: {option}: expected a whole number, 1 or more, got {value!r}")
+        for option, value in ("budget", 1 if self.budget is None else self.budget), ("limit", self.limit):
+            if not is_whole(value, 1):
+                raise ValueError(f"Rescue: {option}: expected a whole number from 1 to 2**31 - 1, got {value!r}")
         if self.then is not None and not isinstance(self.then, Answer):
             raise ValueError(f"Rescue: then: expected an Answer or None, got {self.then!r}")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lil_ops.checks import is_whole
 from lil_ops.stopping import Progress, StopReason, StopRule
 
 
@@ -21,13 +22,11 @@ class Repetition(StopRule):
     count: int = 4
 
     def __post_init__(self):
-        for option, value, least in (
-            ("max_pattern", self.max_pattern, self.min_pattern),
-            ("min_pattern", self.min_pattern, 1),
-            ("count", self.count, 2),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"Repetition: {option}: expected a whole number, {least} or more, got {value!r}")
+        for option, least in (("min_pattern", 1), ("max_pattern", self.min_pattern), ("count", 2)):
+            value = getattr(self, option)
+            if not is_whole(value, least):
+                expected = f"a whole number from {least} to 2**31 - 1"
+                raise ValueError(f"Repetition: {option}: expected {expected}, got {value!r}")
 
     def start(self, batch: int, device: torch.device | str = "cpu") -> RepetitionState:
         return RepetitionState(self, batch, device)
@@ -64,7 +63,7 @@ class TokenBudget(StopRule):
     tokens: int = 1024
 
     def __post_init__(self):
-        if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or not 1 <= self.tokens < 2**31:
+        if not is_whole(self.tokens, 1):
             raise ValueError(f"TokenBudget: tokens: expected a whole number from 1 to 2**31 - 1, got {self.tokens!r}")
 
     def start(self, batch: int, device: torch.device | str = "cpu") -> TokenBudgetState:

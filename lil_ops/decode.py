@@ -5,13 +5,13 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral
 
 import numpy as np
 import torch
 
 from lil_ops import _C
 from lil_ops.actions import Action
+from lil_ops.checks import is_whole
 from lil_ops.integrations.attach import attach
 from lil_ops.loop import ModelLoop, TokenIds, check_prompts, eos_ids, uniforms, whole_numbers
 from lil_ops.policies import Policy
@@ -26,7 +26,7 @@ class DecodeLoop(ModelLoop):
     A context manager, which gives the model attention "lil" and on leaving puts back what it had. Iterating runs it::
 
         with DecodeLoop(model, input_ids, policy="quest", budget=256) as loop:
-            for event in loop:          # the same as loop.prefill(), then loop.step() while loop.active
+            for event in loop:          # the same as loop.prefill() if need be, then loop.step() while loop.active
                 print(event.tokens)
         print(loop.result().tokens)
 
@@ -53,7 +53,7 @@ class DecodeLoop(ModelLoop):
         page_size: int = 16,
         **policy_options,
     ):
-        if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        if not is_whole(max_new_tokens, 1):
             raise ValueError(f"max_new_tokens: expected a whole number of at least 1, got {max_new_tokens!r}")
         self._prompts = check_prompts(input_ids, attach(model).vocab_size)
         lengths = [len(prompt) for prompt in self._prompts]
@@ -94,13 +94,17 @@ class DecodeLoop(ModelLoop):
         self._kv_bytes = [0] * batch
 
     def __iter__(self) -> Iterator[StepEvent]:
-        yield self.prefill()
+        if not self._step_times:
+            yield self.prefill()
         while self.active:
             yield self.step()
 
     @torch.inference_mode()
     def prefill(self) -> StepEvent:
-        """Run the prompts, one by one and without padding, and produce every row's first token. Once, before `step`."""
+        """Run the prompts, one by one and without padding, and produce every row's first token. Once, before `step`;
+        called again: RuntimeError."""
+        if self._step_times:
+            raise RuntimeError("DecodeLoop: prefill: the prompts have been run")
         started = time.perf_counter()
         logits = []
         for row, prompt in enumerate(self._prompts):
@@ -111,7 +115,9 @@ class DecodeLoop(ModelLoop):
 
     @torch.inference_mode()
     def step(self) -> StepEvent:
-        """Produce one more token of every running row (there must be one)."""
+        """Produce one more token of every running row. Without one, or before `prefill`: RuntimeError."""
+        if not self._step_times or not self.active:
+            raise RuntimeError(f"DecodeLoop: step: {'no row runs' if self._step_times else 'expected prefill first'}")
         started = time.perf_counter()
         logits = self._forward(self._tokens[self._rows], self._positions[self._rows])
         self._positions += 1

@@ -11,12 +11,12 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 
 import torch
 
 from lil_ops.actions import Action, ActionEvent, Answer, Course, Rescue
 from lil_ops.cache import OutOfPagesError
+from lil_ops.checks import is_whole
 from lil_ops.device_steps import DeviceSteps
 from lil_ops.integrations.compiled import StepCache, compiled
 from lil_ops.integrations.transformers import NAME
@@ -28,9 +28,10 @@ from lil_ops.stopping import Lz77Tracker, Progress, StopReason, StopRule
 ANSWER_TOKENS = 64  # room for the forced tokens of an `Answer`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
-    """A sequence to generate. seed: its draws are those of `generate` with this seed, alone."""
+    """A sequence to generate. seed: its draws are those of `generate` with this seed, alone. Requests are told apart as
+    objects, so that one can be a key: a `Completion` has the very one it answers."""
 
     prompt: torch.Tensor | Sequence[int]
     max_new_tokens: int = 256
@@ -177,7 +178,9 @@ class Engine(ModelLoop):
         self._check_usable()
         (prompt,) = check_prompts([request.prompt], self._vocab_size)
         most = self.cache.kv.max_tokens - len(prompt)
-        if not isinstance(request.max_new_tokens, Integral) or not 1 <= request.max_new_tokens <= most:
+        if most < 1:
+            raise ValueError(f"Engine: prompt: expected at most {len(prompt) + most - 1} tokens, got {len(prompt)}")
+        if not is_whole(request.max_new_tokens, 1, most):
             raise ValueError(
                 f"Engine: max_new_tokens: expected a whole number from 1 to {most} behind a prompt of {len(prompt)} "
                 f"tokens, got {request.max_new_tokens!r}"

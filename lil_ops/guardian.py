@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lil_ops import ops
+from lil_ops.checks import is_whole
 from lil_ops.stopping import Progress, StopRule
 
 UNITS = ("phrases", "bits")
@@ -36,7 +37,7 @@ class Guardian(StopRule):
     loss_weight: float = 1.0
 
     def __post_init__(self):
-        if not isinstance(self.interval, int) or isinstance(self.interval, bool) or not 1 <= self.interval < 2**31:
+        if not is_whole(self.interval, 1):
             raise ValueError(f"Guardian: interval: expected a whole number of tokens, 1 or more, got {self.interval!r}")
         for option in ("threshold", "loss_weight"):
             value = getattr(self, option)

@@ -5,6 +5,7 @@ A rule's state lives in preallocated tensors on the device it was started for, a
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from enum import IntEnum
@@ -100,7 +101,7 @@ class Watch:
         for token in tokens:
             if self.stopped_at is not None:
                 break
-            self._add(int(token))
+            self._add(operator.index(token))
         return self
 
     def _add(self, token: int) -> None:

@@ -150,9 +150,11 @@ def test_an_action_that_cannot_be(model, options, message):
     ("make", "message"),
     [
         (lambda: Answer(()), "Answer: tokens: expected at least one id"),
-        (lambda: Answer((1,), 0), "Answer: max_tokens: expected at least 1, got 0"),
-        (lambda: Rescue(0), "Rescue: budget: expected a whole number, 1 or more, got 0"),
+        (lambda: Answer((1,), 0), "Answer: max_tokens: expected a whole number from 1 to .*, got 0"),
+        (lambda: Answer((1,), 1.5), "Answer: max_tokens: expected a whole number from 1 to .*, got 1.5"),
+        (lambda: Rescue(0), "Rescue: budget: expected a whole number from 1 to .*, got 0"),
         (lambda: Rescue(limit=2.5), "Rescue: limit"),
+        (lambda: Rescue(limit=None), "Rescue: limit: .*, got None"),
     ],
 )
 def test_bad_options(make, message):

@@ -127,6 +127,23 @@ def test_events_stream_the_result(model):
     assert max(event.kv_bytes for event in events) == result.kv_bytes_peak
 
 
+def test_a_loop_goes_on_where_it_was_left(model):
+    want = generate(model, prompts(20, 5), max_new_tokens=NEW).tokens
+    with DecodeLoop(model, prompts(20, 5), max_new_tokens=NEW) as loop:
+        with pytest.raises(RuntimeError, match="DecodeLoop: step: expected prefill first"):
+            loop.step()
+        loop.prefill()
+        with pytest.raises(RuntimeError, match="DecodeLoop: prefill: the prompts have been run"):
+            loop.prefill()
+        for event in loop:
+            if event.step == 2:
+                break
+        assert [event.step for event in loop] == list(range(3, NEW)) and list(loop) == []
+        with pytest.raises(RuntimeError, match="DecodeLoop: step: no row runs"):
+            loop.step()
+    assert loop.result().tokens == want
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("fail_at", [0, 1, 4])
 def test_interruption_leaves_what_was_produced(model, monkeypatch, error, fail_at):

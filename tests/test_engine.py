@@ -145,6 +145,8 @@ def test_pages_of_whole_sequences_are_taken_at_once_or_not_at_all(model):
             engine.add(Request(prompts(30)[0], max_new_tokens=30))
         engine.add(Request(prompts(30)[0], max_new_tokens=19))  # 48: 3 pages
         assert engine.free_slots == 0
+        with pytest.raises(ValueError, match="Engine: prompt: expected at most 63 tokens, got 64"):
+            engine.add(Request(prompts(64)[0]))
         for count in (25, 0, 2.0):
             with pytest.raises(ValueError, match=f"a whole number from 1 to 24 behind a prompt of 40 .*, got {count}"):
                 engine.add(Request(prompts(40)[0], max_new_tokens=count))

@@ -1,5 +1,6 @@
 """Stop rules: on one stream, on batches, with lost information, and in transformers' generate."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -163,16 +164,26 @@ def test_in_transformers_generate():
     # Without an end-of-sequence token transformers goes on with a row until all have stopped.
     for row, tokens in zip(out[:, 12:].tolist(), ours.tokens, strict=True):
         assert row[: len(tokens)] == tokens and len(row) == max(map(len, ours.tokens)) < 64
+    for again in (ids, torch.stack(prompts(90))):  # what it has seen is not what this call has generated
+        with pytest.raises(ValueError, match="expected to be used for one call of generate"):
+            model.generate(again, attention_mask=torch.ones_like(again), max_new_tokens=2, stopping_criteria=[criteria])
     with pytest.raises(ValueError, match="information loss"):
         StopRuleCriteria(Guardian(loss_aware=True), prompt_length=3)
+
+
+def test_options_and_tokens_may_be_numpys():
+    assert TokenBudget(np.int64(3)).feed(np.arange(9)).stopped_at == 3
+    with pytest.raises(TypeError):
+        TokenBudget(3).feed([1.5])
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Repetition(count=1), "Repetition: count: expected a whole number, 2 or more, got 1"),
+        (lambda: Repetition(count=1), "Repetition: count: expected a whole number from 2 to .*, got 1"),
+        (lambda: Repetition(count=2**62), "Repetition: count: expected a whole number from 2 to"),
         (lambda: Repetition(min_pattern=0), "Repetition: min_pattern"),
-        (lambda: Repetition(max_pattern=2, min_pattern=3), "Repetition: max_pattern: .* 3 or more, got 2"),
+        (lambda: Repetition(max_pattern=2, min_pattern=3), "Repetition: max_pattern: .* from 3 to .*, got 2"),
         (lambda: TokenBudget(0), "TokenBudget: tokens: expected a whole number from 1 to"),
         (lambda: TokenBudget(2**31), "TokenBudget: tokens: expected a whole number from 1 to"),
         (lambda: Guardian(3, 1e39), "Guardian: threshold: expected a number, 0 or more, that float32 has, got 1e"),

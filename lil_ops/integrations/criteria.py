@@ -15,8 +15,8 @@ class StopRuleCriteria(StoppingCriteria):
         model.generate(**inputs, stopping_criteria=[criteria])
 
     It looks at what was generated behind the first ``prompt_length`` places. Rules that need the information loss are
-    for `lil_ops.generate`: ValueError. max_new_tokens: at least as many as will be generated. vocab_size: the model's;
-    what bits are counted with.
+    for `lil_ops.generate`: ValueError; a second call of ``model.generate`` is one too. max_new_tokens: at least as many
+    as will be generated. vocab_size: the model's; what bits are counted with.
     """
 
     def __init__(
@@ -30,6 +30,8 @@ class StopRuleCriteria(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.Tensor:
         batch, length = input_ids.shape
+        if self._stop is not None and (batch != len(self._stop) or length <= self._seen):
+            raise ValueError("StopRuleCriteria: expected to be used for one call of generate, got another")
         if self._stop is None:
             self._tracker = Lz77Tracker(batch, self._max_new_tokens, self._vocab_size)
             self._state = self._rule.start(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ class Policy:
             if isinstance(entry, float):
                 if not 0 < entry <= 1:
                     raise ValueError(f"policy {self.name}: budget: expected a share above 0 and up to 1, got {entry}")
-            elif not isinstance(entry, int) or isinstance(entry, bool):
+            elif not isinstance(entry, Integral) or isinstance(entry, bool):
                 raise ValueError(f"policy {self.name}: budget: expected a whole number, or a share, got {entry!r}")
             elif entry < sink + recent + 1:
                 raise ValueError(
@@ -99,7 +100,7 @@ class Policy:
     def check_whole(self, **options: tuple[int, int]) -> None:
         """Raise ValueError unless each option, given as (value, least), is a whole number of at least so much."""
         for option, (value, _) in options.items():
-            if not isinstance(value, int) or isinstance(value, bool):
+            if not isinstance(value, Integral) or isinstance(value, bool):
                 raise ValueError(f"policy {self.name}: {option}: expected a whole number, got {value!r}")
         for option, (value, least) in options.items():
             if value < least:
