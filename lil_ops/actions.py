@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lil_ops.checks import is_whole
+from lil_ops.checks import INT32_MAX, is_whole
 
 THINK_END = "</think>"
 
@@ -37,7 +37,7 @@ class Answer:
         object.__setattr__(self, "tokens", tuple(operator.index(token) for token in self.tokens))
         if not self.tokens:
             raise ValueError("Answer: tokens: expected at least one id, got none")
-        if not is_whole(self.max_tokens, 1):
+        if not is_whole(self.max_tokens, 1, INT32_MAX):
             raise ValueError(
                 f"Answer: max_tokens: expected a whole number from 1 to 2**31 - 1, got {self.max_tokens!r}"
             )
@@ -79,7 +79,7 @@ class Rescue:
 
     def __post_init__(self):
         for option, value in ("budget", 1 if self.budget is None else self.budget), ("limit", self.limit):
-            if not is_whole(value, 1):
+            if not is_whole(value, 1, INT32_MAX):
                 raise ValueError(f"Rescue: {option}: expected a whole number from 1 to 2**31 - 1, got {value!r}")
         if self.then is not None and not isinstance(self.then, Answer):
             raise ValueError(f"Rescue: then: expected an Answer or None, got {self.then!r}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lil_ops.checks import is_whole
+from lil_ops.checks import INT32_MAX, is_whole
 from lil_ops.stopping import Progress, StopReason, StopRule
 
 
@@ -24,7 +24,7 @@ class Repetition(StopRule):
     def __post_init__(self):
         for option, least in (("min_pattern", 1), ("max_pattern", self.min_pattern), ("count", 2)):
             value = getattr(self, option)
-            if not is_whole(value, least):
+            if not is_whole(value, least, INT32_MAX):
                 expected = f"a whole number from {least} to 2**31 - 1"
                 raise ValueError(f"Repetition: {option}: expected {expected}, got {value!r}")
 
@@ -63,7 +63,7 @@ class TokenBudget(StopRule):
     tokens: int = 1024
 
     def __post_init__(self):
-        if not is_whole(self.tokens, 1):
+        if not is_whole(self.tokens, 1, INT32_MAX):
             raise ValueError(f"TokenBudget: tokens: expected a whole number from 1 to 2**31 - 1, got {self.tokens!r}")
 
     def start(self, batch: int, device: torch.device | str = "cpu") -> TokenBudgetState:

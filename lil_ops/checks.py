@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from math import inf
 from numbers import Integral
 
+INT32_MAX = 2**31 - 1  # what the operators count tokens with
 
-def is_whole(value: object, least: int, most: int = 2**31 - 1) -> bool:
+
+def is_whole(value: object, least: float = -inf, most: float = inf) -> bool:
     """Whether it is a whole number from ``least`` to ``most``. Those of numpy are; True and False are not."""
     return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lil_ops import ops
-from lil_ops.checks import is_whole
+from lil_ops.checks import INT32_MAX, is_whole
 from lil_ops.stopping import Progress, StopRule
 
 UNITS = ("phrases", "bits")
@@ -37,8 +37,8 @@ class Guardian(StopRule):
     loss_weight: float = 1.0
 
     def __post_init__(self):
-        if not is_whole(self.interval, 1):
-            raise ValueError(f"Guardian: interval: expected a whole number of tokens, 1 or more, got {self.interval!r}")
+        if not is_whole(self.interval, 1, INT32_MAX):
+            raise ValueError(f"Guardian: interval: expected a whole number from 1 to 2**31 - 1, got {self.interval!r}")
         for option in ("threshold", "loss_weight"):
             value = getattr(self, option)
             if not isinstance(value, (int, float)) or not 0 <= value <= torch.finfo(torch.float32).max:

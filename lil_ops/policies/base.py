@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import ClassVar, NamedTuple
 
 import torch
 
 from lil_ops import ops
 from lil_ops.cache import ALL, PagedKVCache, Room
+from lil_ops.checks import is_whole
 
 
 class Selection(NamedTuple):
@@ -87,7 +87,7 @@ class Policy:
             if isinstance(entry, float):
                 if not 0 < entry <= 1:
                     raise ValueError(f"policy {self.name}: budget: expected a share above 0 and up to 1, got {entry}")
-            elif not isinstance(entry, Integral) or isinstance(entry, bool):
+            elif not is_whole(entry):
                 raise ValueError(f"policy {self.name}: budget: expected a whole number, or a share, got {entry!r}")
             elif entry < sink + recent + 1:
                 raise ValueError(
@@ -100,7 +100,7 @@ class Policy:
     def check_whole(self, **options: tuple[int, int]) -> None:
         """Raise ValueError unless each option, given as (value, least), is a whole number of at least so much."""
         for option, (value, _) in options.items():
-            if not isinstance(value, Integral) or isinstance(value, bool):
+            if not is_whole(value):
                 raise ValueError(f"policy {self.name}: {option}: expected a whole number, got {value!r}")
         for option, (value, least) in options.items():
             if value < least:
