@@ -43,7 +43,7 @@ format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
-# Registers, shared memory, stack and spills of every CUDA kernel; fails where one spills.
+# Registers, shared memory, stack and spills of every CUDA kernel; fails where one has any of the last two.
 cuda-report: $(VENV)/.built
 	$(BIN)/python bench/cuda_report.py
 

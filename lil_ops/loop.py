@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -19,6 +20,10 @@ from lil_ops.stopping import StopRule
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
     from typing_extensions import Self
+
+# Of models with attention "lil": what they had before, and how many loops have given it to them. The last one to leave
+# puts it back, in whatever order they do.
+_in_use: WeakKeyDictionary[torch.nn.Module, tuple[str, int]] = WeakKeyDictionary()
 
 TokenIds = torch.Tensor | Sequence[torch.Tensor | Sequence[int]]
 
@@ -45,6 +50,8 @@ class ModelLoop:
         **cache_options,
     ):
         check_sampling(**sampling)
+        if guardian is not None and not isinstance(guardian, StopRule):
+            raise ValueError(f"guardian: expected a stop rule, such as Guardian(), or None, got {guardian!r}")
         if action is not None and guardian is None:
             raise ValueError("action: expected a stop rule beside it (guardian=...), got none")
         if action is not None and not isinstance(action, Action):
@@ -63,15 +70,19 @@ class ModelLoop:
         if measure_loss or (guardian and guardian.needs_loss):
             self.cache.watch_loss()
         self._cache_argument = cache_argument(model)
-        self._attention_before: str | None = None
 
     def __enter__(self) -> Self:
-        self._attention_before = self._model.config._attn_implementation
+        before, users = _in_use.get(self._model, (self._model.config._attn_implementation, 0))
+        _in_use[self._model] = before, users + 1
         self._model.set_attn_implementation(NAME)
         return self
 
     def __exit__(self, *exception) -> None:
-        self._model.set_attn_implementation(self._attention_before)
+        before, users = _in_use.pop(self._model)
+        if users > 1:
+            _in_use[self._model] = before, users - 1
+        else:
+            self._model.set_attn_implementation(before)
 
     def _course(self) -> Course:
         """Of a new sequence."""

@@ -29,9 +29,9 @@ class StepEvent:
     kv_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GenerationResult:
-    """The output of a batch. Lists have one entry a sequence, in the order of the input.
+    """The output of a batch. Lists have one entry a sequence, in the order of the input. Equal to itself alone.
 
     tokens: the new ids, an end-of-sequence token included. stop_reason: `StopReason.RUNNING` where interrupted.
     step_times: seconds of each step, the prefill first. kv_bytes_peak: the most cache bytes in use at a time.

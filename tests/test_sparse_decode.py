@@ -376,11 +376,13 @@ def test_masses_are_the_same_in_every_run_and_on_any_number_of_threads(device):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, FLOAT8])
 @pytest.mark.parametrize("window", [0, 100])
-def test_covering_list_equals_dense_bit_for_bit(device, dtype, window):
-    cache = paged(device, [1000, 15, 512], kv_heads=3, head_dim=128, dtype=dtype)
-    q = queries(device, 3, 15, 128, torch.bfloat16 if dtype == FLOAT8 else dtype)
-    scores = torch.randn(3, 3, cache.page_table.size(1), device=device)
-    pages, counts = lil_ops.select_pages(scores, cache.seq_lens, 16, 4096)
+@pytest.mark.parametrize("lengths", [[1000, 15, 512], [1000, 15, 512, 300, 0, 5000]])
+def test_covering_list_equals_dense_bit_for_bit(device, dtype, window, lengths):
+    """Also of more heads than the largest clusters run at once, of which some have long lists."""
+    cache = paged(device, lengths, kv_heads=3, head_dim=128, dtype=dtype)
+    q = queries(device, len(lengths), 15, 128, torch.bfloat16 if dtype == FLOAT8 else dtype)
+    scores = torch.randn(len(lengths), 3, cache.page_table.size(1), device=device)
+    pages, counts = lil_ops.select_pages(scores, cache.seq_lens, 16, 8192)
     sparse = lil_ops.sparse_decode(*tensors(cache, q), pages, counts, window=window)
     dense = lil_ops.sparse_decode(*tensors(cache, q), window=window)
     assert all(torch.equal(a, b) for a, b in zip(sparse, dense, strict=True))

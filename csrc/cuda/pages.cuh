@@ -46,13 +46,16 @@ __device__ inline int32_t checked_length(Finding& finding, const int32_t* seq_le
   return bad ? 0 : length;
 }
 
-// The physical page; -1 where it is not mapped or out of range.
-__device__ inline int32_t checked_page(Finding& finding, const PageTable& table, int32_t b, int32_t h, int32_t page,
-                                       int64_t num_pages) {
-  const int32_t physical = table.at(b, h, page);
+// The physical page that an entry of the page table names; -1 where it is not mapped or out of range.
+__device__ inline int32_t checked_entry(Finding& finding, int32_t physical, int64_t num_pages) {
   const bool bad = physical < -1 || physical >= num_pages;
   finding.note(bad, Wrong::kPageTable, physical, num_pages - 1);
   return bad ? -1 : physical;
+}
+
+__device__ inline int32_t checked_page(Finding& finding, const PageTable& table, int32_t b, int32_t h, int32_t page,
+                                       int64_t num_pages) {
+  return checked_entry(finding, table.at(b, h, page), num_pages);
 }
 
 }  // namespace lil::cuda

@@ -76,7 +76,13 @@ struct ScoreTile {
   }
 };
 
-// Row n of the tile: the page's summary and what it is multiplied by; null where the page is not there.
+// The page table's entry for a row of a tile. It is asked for without knowing the sequence's length, and may be of no
+// use.
+__device__ inline int32_t table_entry(const ScorePagesParams& p, int32_t b, int32_t h, int32_t page) {
+  return p.pages.at(b, h, min(page, static_cast<int32_t>(p.pages.max_pages) - 1));
+}
+
+// A row of the tile: the page's summary and what it is multiplied by; null where the page is not there.
 template <class T>
 struct SummaryRow {
   const T* data;
@@ -84,11 +90,10 @@ struct SummaryRow {
 };
 
 template <class T>
-__device__ SummaryRow<T> summary_row(const ScorePagesParams& p, const ScoreTile& tile, int32_t b, int32_t h,
-                                     int32_t row, Finding& finding) {
-  const int32_t page = tile.first + row;
-  if (page >= tile.pages) return {nullptr, 1};
-  const int64_t physical = checked_page(finding, p.pages, b, h, page, p.num_pages);
+__device__ SummaryRow<T> summary_row(const ScorePagesParams& p, const ScoreTile& tile, int32_t h, int32_t row,
+                                     int32_t entry, Finding& finding) {
+  if (tile.first + row >= tile.pages) return {nullptr, 1};
+  const int64_t physical = checked_entry(finding, entry, p.num_pages);
   if (physical < 0) return {nullptr, 1};
   const T* const data =
       static_cast<const T*>(p.summary.data) + physical * p.summary.stride_page + h * p.summary.stride_head;
@@ -209,15 +214,20 @@ __global__ void __launch_bounds__(kScoreThreads, D > 192 ? 1 : 2)
   const int32_t max_pages = static_cast<int32_t>(p.pages.max_pages);
   const PageSize page_size(p.page_size);
   Finding finding;
+  const int32_t first = first_page(append, tiles_per_warp, 0);
+  int32_t entries[2] = {table_entry(p, b, h, first + n), table_entry(p, b, h, first + n + 8)};
   const int32_t length = checked_length(finding, p.seq_lens, b, p.pages.max_pages << page_size.shift);
 
-  ScoreTile tile{0, page_size.pages(length), p.scores + (b * p.kv_heads + h) * p.pages.max_pages};
+  ScoreTile tile{first, page_size.pages(length), p.scores + (b * p.kv_heads + h) * p.pages.max_pages};
 #pragma unroll 1
   for (int32_t t = 0; t < tiles_per_warp; ++t) {
-    tile.first = first_page(append, tiles_per_warp, t);
-    if (t > 0 && tile.first >= max_pages) break;
-    const SummaryRow<T> rows[2] = {summary_row<T>(p, tile, b, h, n, finding),
-                                   summary_row<T>(p, tile, b, h, n + 8, finding)};
+    if (t > 0) {
+      tile.first = first_page(append, tiles_per_warp, t);
+      if (tile.first >= max_pages) break;
+      entries[0] = table_entry(p, b, h, tile.first + n), entries[1] = table_entry(p, b, h, tile.first + n + 8);
+    }
+    const SummaryRow<T> rows[2] = {summary_row<T>(p, tile, h, n, entries[0], finding),
+                                   summary_row<T>(p, tile, h, n + 8, entries[1], finding)};
     float best[2] = {-INFINITY, -INFINITY};
 #pragma unroll 1
     for (int32_t block = 0; block < blocks; ++block) {
@@ -323,7 +333,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
       if (tile.first >= max_pages) break;
 #pragma unroll 1
       for (int32_t r = n; r < kScoreTile; r += 8) {
-        const SummaryRow<T> row = summary_row<T>(p, tile, b, h, r, finding);
+        const SummaryRow<T> row = summary_row<T>(p, tile, h, r, table_entry(p, b, h, tile.first + r), finding);
         const float unit = row.scale * p.scale;
         float best = first_head == 0 || c != 0 || row.data == nullptr ? -INFINITY : tile.scores[tile.first + r];
 #pragma unroll 1

@@ -79,7 +79,8 @@ void sparse_decode_step(const SparseDecodeStepParams& p, const Tensor& on) {
   // Shared memory holds the list of pages and the keys of all beside the rest; where they are more, launches more cost
   // little beside the reading.
   const Launch launch(on);  // the device is current
-  const int64_t max_listed = 2048, max_scored = current_device().max_shared > 160 * 1024 ? 16384 : 8192;
+  const bool roomy = current_device().max_shared > 160 * 1024;
+  const int64_t max_listed = roomy ? 2048 : 1024, max_scored = roomy ? 16384 : 8192;
   if (p.select.capacity <= max_listed && p.select.max_pages <= max_scored) {
     return attend(p.attend, {p.select, p.loss}, on);
   }

@@ -1,14 +1,15 @@
 // sparse_decode. The list of pages one (sequence, KV head) reads is cut into tiles of 16 tokens and the tiles into
 // splits, one block each; warps take tiles in turn with an online softmax of their own. Warps merge in shared memory,
 // then the blocks of a head, which are one cluster, through each other's shared memory: no second kernel, no
-// workspace, no counter. Where a list takes more splits than a cluster has blocks, there are more heads than clusters
-// run at once, or the device has no clusters, a second kernel merges what the blocks left in a scratch tensor.
+// workspace, no counter. Many heads have small clusters, so that all run at once. Where a list takes more splits than
+// that, or the device has no clusters, a second kernel merges what the blocks left in a scratch tensor.
 //
 // How tiles fall to splits and warps depends on the number of tiles, never on capacities: so a list of all pages gives
 // the bits that reading everything gives, and a captured graph stays right while lengths grow.
 #pragma once
 
 #include <algorithm>
+#include <bit>
 
 #include "cuda/backend.h"
 #include "cuda/cluster.cuh"
@@ -186,13 +187,13 @@ struct FmaEngine {
     }
   }
 
-  __device__ void store(float* out) const {
+  __device__ void store(float* out, int32_t pitch) const {
     const int32_t lane = threadIdx.x % 32;
 #pragma unroll
     for (int g = 0; g < kHeads; ++g) {
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
-        if (lane + 32 * i < head_dim) out[g * head_dim + lane + 32 * i] = acc[g][i];
+        if (lane + 32 * i < head_dim) out[g * pitch + lane + 32 * i] = acc[g][i];
       }
     }
   }
@@ -263,7 +264,8 @@ __device__ inline void write_result(const SparseDecodeParams& p, DType dtype, in
 // capacities.
 struct SplitPlan {
   int32_t warps, max_splits, head_blocks;
-  int32_t parts_words;  // shared memory of the warps' results, which the keys of a selection have before
+  int32_t cluster_splits;  // a short list takes no more: all heads' clusters of so many run at once
+  int32_t parts_words;     // shared memory of the warps' results, which the keys of a selection have before
 
   // 32-bit words of shared memory for a list made here, a multiple of 16 bytes.
   __host__ __device__ static int64_t list_words(const SelectPagesParams& select) {
@@ -272,26 +274,52 @@ struct SplitPlan {
 
   __host__ __device__ int32_t splits(int32_t tiles) const {
     const int32_t few = (tiles + kSplitTiles - 1) / kSplitTiles, many = (tiles + kLongTiles - 1) / kLongTiles;
-    const int32_t wanted = few <= kMaxCluster ? few : many > kMaxCluster ? many : kMaxCluster;
+    const int32_t most = many <= cluster_splits ? cluster_splits : many > kMaxCluster ? many : kMaxCluster;
+    const int32_t wanted = few < most ? few : most;
     return wanted < 1 ? 1 : wanted < max_splits ? wanted : max_splits;
   }
 };
 
 // Partial results of some blocks or warps of one head block: maxima [count][heads], sums [count][heads], elements
-// [count][heads][head_dim].
+// [count][heads][head_dim], with a gap of 16 bytes behind each head: else the warps' stores would meet in few banks.
 struct Partials {
-  float *max, *sum, *acc;
+  static constexpr int32_t kGap = 4;
 
-  __device__ Partials(float* data, int32_t count, int32_t heads)
-      : max(data), sum(data + count * heads), acc(data + 2 * count * heads) {}
+  float *max, *sum, *acc;
+  int32_t heads, pitch;
+
+  __device__ Partials(float* data, int32_t count, int32_t heads, int32_t head_dim)
+      : max(data), sum(data + count * heads), acc(data + 2 * count * heads), heads(heads), pitch(head_dim + kGap) {}
   __host__ __device__ static int64_t size(int32_t count, int32_t heads, int32_t head_dim) {
-    return static_cast<int64_t>(count) * heads * (head_dim + 2);
+    return static_cast<int64_t>(count) * heads * (head_dim + kGap + 2);
   }
+
+  __device__ float* row(int32_t i, int32_t g) const { return acc + (i * heads + g) * pitch; }
+  __device__ float4& four(int32_t i, int32_t g, int32_t d) const { return *reinterpret_cast<float4*>(row(i, g) + d); }
 };
 
-__device__ inline void remote_store(float* here, int32_t rank, float4 value) {
-  remote_store(reinterpret_cast<float4*>(here), rank, value);
-}
+// What the blocks of a cluster send one of them: of each split, for its share of the head block's elements, four of
+// them with their head's maximum and sum.
+struct Inbox {
+  float4* acc;          // [splits][share]
+  float2* max_and_sum;  // [splits][share]
+  int32_t share;
+
+  __device__ Inbox(float* data, int32_t splits, int32_t share)
+      : acc(reinterpret_cast<float4*>(data)),
+        max_and_sum(reinterpret_cast<float2*>(acc + splits * share)),
+        share(share) {}
+  static int64_t size(int32_t splits, int32_t heads, int32_t head_dim) {
+    return splits * ((heads * head_dim / 4 + splits - 1) / splits) * 6;
+  }
+
+  // Four elements i of split `from`.
+  __device__ void send(int32_t from, int32_t i, const Merged& part) const {
+    const int32_t to = i / share, at = from * share + i - to * share;
+    remote_store(acc + at, to, part.acc);
+    remote_store(max_and_sum + at, to, float2{part.max, part.sum});
+  }
+};
 
 // Logits of one tile, times log2 e, where the masses will be: tokens n and n + 8 of `token` for heads g and g + 1.
 __device__ inline void store_logits(const SparseDecodeParams& p, const float (&s)[4], int64_t first_row, int32_t g,
@@ -429,7 +457,7 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
 
   // Warps leave their results in place of the keys that the selection staged there, once nobody looks at them.
   if (kSelects && selecting.loss) __syncthreads();
-  const Partials of_warp(parts, warps, kHeads);
+  const Partials of_warp(parts, warps, kHeads, head_dim);
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
@@ -442,7 +470,7 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
       }
     }
   }
-  engine.store(of_warp.acc + warp * kHeads * head_dim);
+  engine.store(of_warp.row(warp, 0), of_warp.pitch);
   __syncthreads();
 
   Unread unread{selecting.loss, 0};
@@ -453,34 +481,24 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
   const int64_t first_row = (b * p.cache.kv_heads + h) * p.group + first_head;
   // Every block of a cluster owns a share of the elements. The others send it theirs, so that after one barrier all is
   // at hand and nobody needs another's memory any more.
-  const int32_t share = ceil_div(vectors, splits);
-  float* const inbox_data = parts + plan.parts_words;
+  const auto inbox = [&] { return Inbox(parts + plan.parts_words, splits, ceil_div(vectors, splits)); };
   const int64_t head_block = static_cast<int64_t>(b) * gridDim.y + blockIdx.y;
-  const Partials inbox(scratch ? scratch + head_block * Partials::size(splits, kHeads, head_dim) : inbox_data, splits,
-                       kHeads);
   if (in_cluster) cluster_wait();
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
     const int32_t g = 4 * i / head_dim, d = 4 * i - g * head_dim;
     const Merged all = merge(
         warps, [&](int32_t w) { return of_warp.max[w * kHeads + g]; },
-        [&](int32_t w) { return of_warp.sum[w * kHeads + g]; },
-        [&](int32_t w) { return reinterpret_cast<const float4*>(of_warp.acc + w * kHeads * head_dim)[i]; });
+        [&](int32_t w) { return of_warp.sum[w * kHeads + g]; }, [&](int32_t w) { return of_warp.four(w, g, d); });
     if (splits == 1) {
       write_result(p, Engine::out_dtype(p), first_row + g, d, all, unread);
     } else if (scratch) {
-      reinterpret_cast<float4*>(inbox.acc + split * kHeads * head_dim)[i] = all.acc;
-      if (d == 0) inbox.max[split * kHeads + g] = all.max, inbox.sum[split * kHeads + g] = all.sum;
+      const Partials of_split(scratch + head_block * Partials::size(splits, kHeads, head_dim), splits, kHeads,
+                              head_dim);
+      of_split.four(split, g, d) = all.acc;
+      if (d == 0) of_split.max[split * kHeads + g] = all.max, of_split.sum[split * kHeads + g] = all.sum;
     } else {
-      const int32_t owner = i / share;
-      remote_store(inbox.acc + 4 * (split * share + i - owner * share), owner, all.acc);
-      if (d == 0) {
-#pragma unroll 1
-        for (int32_t other = 0; other < splits; ++other) {
-          remote_store(inbox.max + split * kHeads + g, other, all.max);
-          remote_store(inbox.sum + split * kHeads + g, other, all.sum);
-        }
-      }
+      inbox().send(split, i, all);
     }
   }
   if (kSelects && scratch && split == 0 && threadIdx.x == 0) {
@@ -490,13 +508,14 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
   __syncwarp();
   cluster_arrive_release();
   cluster_wait();
+  const Inbox mine = inbox();
 #pragma unroll 1
-  for (int32_t t = threadIdx.x; t < min(share, vectors - split * share); t += blockDim.x) {
-    const int32_t i = split * share + t, g = 4 * i / head_dim;
+  for (int32_t t = threadIdx.x; t < min(mine.share, vectors - split * mine.share); t += blockDim.x) {
+    const int32_t i = split * mine.share + t, g = 4 * i / head_dim;
+    const auto from = [&](int32_t s) { return s * mine.share + t; };
     const Merged all = merge(
-        splits, [&](int32_t s) { return inbox.max[s * kHeads + g]; },
-        [&](int32_t s) { return inbox.sum[s * kHeads + g]; },
-        [&](int32_t s) { return reinterpret_cast<const float4*>(inbox.acc)[s * share + t]; });
+        splits, [&](int32_t s) { return mine.max_and_sum[from(s)].x; },
+        [&](int32_t s) { return mine.max_and_sum[from(s)].y; }, [&](int32_t s) { return mine.acc[from(s)]; });
     write_result(p, Engine::out_dtype(p), first_row + g, 4 * i - g * head_dim, all, unread);
   }
 }
@@ -515,7 +534,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps, 2)
   const int32_t h = blockIdx.x / plan.head_blocks, first_head = blockIdx.x % plan.head_blocks * Heads;
   if (first_head + g >= p.group) return;
   const int64_t head_block = static_cast<int64_t>(b) * gridDim.x + blockIdx.x;
-  const Partials parts(scratch + head_block * Partials::size(splits, Heads, head_dim), splits, Heads);
+  const Partials parts(scratch + head_block * Partials::size(splits, Heads, head_dim), splits, Heads, head_dim);
   const int32_t warp = threadIdx.x / 32;
   wait_for_previous();
   let_next_start();
@@ -525,9 +544,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps, 2)
     of_warps[warp][i] = merge(
         ceil_div(splits - warp, kMergeWarps), [&](int32_t turn) { return parts.max[split(turn) * Heads + g]; },
         [&](int32_t turn) { return parts.sum[split(turn) * Heads + g]; },
-        [&](int32_t turn) {
-          return reinterpret_cast<const float4*>(parts.acc + (split(turn) * Heads + g) * head_dim)[i];
-        });
+        [&](int32_t turn) { return parts.four(split(turn), g, 4 * i); });
   }
   __syncthreads();
   const float* const log2_sums = scratch + gridDim.z * gridDim.x * Partials::size(splits, Heads, head_dim);
@@ -555,18 +572,23 @@ void launch_sparse_decode(const SparseDecodeParams& p, const Selecting& selectin
   // Where registers allow no third block on an SM, clusters do not fill all that two would.
   const int64_t places = Engine::kBlocksPerSm > 1 ? 3 * sms / 2 : plan.warps == 8 ? sms : 2 * sms;
   plan.max_splits = static_cast<int32_t>(std::max<int64_t>(1, places / rows));
+  // Clusters that have to wait for others to end would take as long again. A power of two divides tiles evenly.
+  const int blocks_per_sm = places > sms ? 2 : 1;
+  const auto fit = [&](int32_t splits) { return rows <= blocks_per_sm * current_device().clusters[splits]; };
+  const bool has_clusters = current_device().major >= 9;
+  plan.cluster_splits = std::min(kMaxCluster, plan.max_splits);
+  while (has_clusters && plan.cluster_splits > 1 && !fit(plan.cluster_splits)) {
+    plan.cluster_splits = std::bit_floor(plan.cluster_splits - 1u);
+  }
   const int64_t pages = select.scores ? select.capacity : p.selected ? p.capacity : p.table.max_pages;
   const int64_t tiles = (pages * p.cache.page_size + kTile - 1) / kTile;
   const int32_t splits = plan.splits(static_cast<int32_t>(std::min<int64_t>(tiles, INT32_MAX)));
 
-  // Clusters that have to wait for others to end would take as long again.
-  const int blocks_per_sm = places > sms ? 2 : 1;
-  const bool fits = splits <= kMaxCluster && rows <= blocks_per_sm * current_device().clusters[splits];
-  const bool cluster = splits > 1 && current_device().major >= 9 && fits;
+  const bool cluster = splits > 1 && splits <= kMaxCluster && has_clusters && fit(splits);
   const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim);
   plan.parts_words = static_cast<int32_t>(std::max<size_t>(Partials::size(plan.warps, Engine::kHeads, head_dim),
                                                            select.scores ? select_key_words(select) : 0));
-  const size_t inbox = cluster ? Partials::size(splits, Engine::kHeads, 0) + Engine::kHeads * head_dim + 4 * splits : 0;
+  const size_t inbox = cluster ? Inbox::size(splits, Engine::kHeads, head_dim) : 0;
   const size_t list = select.scores ? plan.list_words(select) : 0;
   const size_t shared = Engine::kQueryBytes + (list + plan.parts_words + inbox) * sizeof(float);
   const dim3 grid(splits, p.cache.kv_heads * plan.head_blocks, p.batch);

@@ -221,19 +221,35 @@ struct MmaEngine {
     }
   }
 
-  // The sums, [kHeads][D].
-  __device__ void store(float* out) const {
+  // The sums, [kHeads][D], heads `pitch` apart.
+  __device__ void store(float* out, int32_t pitch) const {
     const int32_t n = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
     const float scale = (kScaled ? unit : 1) / kWeightUnit;
 #pragma unroll
     for (int block = 0; block < Blocks; ++block) {
 #pragma unroll
-      for (int m = 0; m < kMTiles; ++m) {
-        const int32_t d =
-            m < 4 * kWide ? m / 4 * 64 + 8 * n + m % 4 * 2 : kWide * 64 + 2 * kRest * n + (m - 4 * kWide) * 2;
-        float* const at = out + (block * kTileHeads + 2 * c) * D + d;
-        *reinterpret_cast<float2*>(at) = {acc[block][m][0] * scale, acc[block][m][2] * scale};
-        *reinterpret_cast<float2*>(at + D) = {acc[block][m][1] * scale, acc[block][m][3] * scale};
+      for (int i = 0; i < 2; ++i) {
+        float* const head = out + (block * kTileHeads + 2 * c + i) * pitch;
+        // Two tiles are four elements side by side.
+        const auto four = [&](int m) {
+          const float (&low)[4] = acc[block][m], (&high)[4] = acc[block][m + 1];
+          return float4{low[i] * scale, low[2 + i] * scale, high[i] * scale, high[2 + i] * scale};
+        };
+#pragma unroll
+        for (int j = 0; j < kWide; ++j) {
+          // Lanes of odd n store the second four first: else half of the banks would have it all.
+          const float4 first = four(4 * j), second = four(4 * j + 2);
+          const bool odd = n % 2;
+          float* const at = head + 64 * j + 8 * n;
+          *reinterpret_cast<float4*>(at + 4 * odd) = odd ? second : first;
+          *reinterpret_cast<float4*>(at + 4 * !odd) = odd ? first : second;
+        }
+        float* const rest = head + 64 * kWide + 2 * kRest * n;
+        if constexpr (kRest == 1) {
+          const float (&tile)[4] = acc[block][4 * kWide];
+          *reinterpret_cast<float2*>(rest) = {tile[i] * scale, tile[2 + i] * scale};
+        }
+        if constexpr (kRest == 2) *reinterpret_cast<float4*>(rest) = four(4 * kWide);
       }
     }
   }

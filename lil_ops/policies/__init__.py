@@ -32,6 +32,8 @@ def get(name: str | Policy, **options) -> Policy:
         if options:
             raise ValueError(f"policy {name.name}: options {sorted(options)} were given beside a policy object")
         return name
+    if not isinstance(name, str):
+        raise ValueError(f"policy: expected a name or a Policy object, got {name!r}")
     if name not in POLICIES:
         nearest = difflib.get_close_matches(name, POLICIES, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
