@@ -146,19 +146,13 @@ __device__ bool select_few(SelectScratch& s, const SelectKeys<kStaged>& keys, ui
 
   uint64_t mine = 0;  // bit j: this thread's j-th page
   keys.for_own([&](int32_t, int32_t j, uint32_t key) { mine |= static_cast<uint64_t>(key >= max(least, 1)) << j; });
-  // Places: those of the warps that were here first, then of the lanes before this one. One lane asks for a warp's.
-  const int32_t found = __popcll(mine);
-  int32_t at = found;
-#pragma unroll
-  for (int32_t step = 1; step < 32; step *= 2) {
-    const int32_t before = __shfl_up_sync(~0u, at, step);
-    if (lane >= step) at += before;
-  }
-  at = __shfl_sync(~0u, lane == 31 ? atomicAdd(&s.num_candidates, at) : 0, 31) + at - found;
+  if (mine != 0) {
+    int32_t at = atomicAdd(&s.num_candidates, __popcll(mine));
 #pragma unroll 1
-  for (; mine != 0 && at < kFewCandidates; mine &= mine - 1, ++at) {
-    const int32_t i = threadIdx.x + (__ffsll(mine) - 1) * blockDim.x;
-    s.few_keys[at] = keys.at(i), s.few_pages[at] = i;
+    for (; mine != 0 && at < kFewCandidates; mine &= mine - 1, ++at) {
+      const int32_t i = threadIdx.x + (__ffsll(mine) - 1) * blockDim.x;
+      s.few_keys[at] = keys.at(i), s.few_pages[at] = i;
+    }
   }
   __syncthreads();
   const int32_t count = s.num_candidates;
@@ -171,13 +165,11 @@ __device__ bool select_few(SelectScratch& s, const SelectKeys<kStaged>& keys, ui
     const uint32_t key = i < count ? s.few_keys[i] : ~0u;
     int32_t better = count_of<true, uint4>(s.few_keys, count, key, threadIdx.x % 2, 2);
     better += __shfl_xor_sync(~0u, better, 1);
-    const bool is_chosen = threadIdx.x % 2 == 0 && i < count && better < k;
-    const uint32_t chosen = __ballot_sync(~0u, is_chosen), last_key = __reduce_min_sync(~0u, is_chosen ? key : ~0u);
-    if (chosen == 0) continue;
-    uint32_t slot = 0;
-    if (lane == 0) slot = atomicAdd(&s.num_chosen, __popc(chosen)), atomicMin(&s.last_key, last_key);
-    slot = __shfl_sync(~0u, slot, 0) + __popc(chosen & ((1u << lane) - 1));
-    if (is_chosen && slot < k) s.chosen[slot] = s.few_pages[i];
+    if (threadIdx.x % 2 == 0 && i < count && better < k) {
+      const uint32_t slot = atomicAdd(&s.num_chosen, 1);
+      if (slot < k) s.chosen[slot] = s.few_pages[i];
+      atomicMin(&s.last_key, key);
+    }
   }
   __syncthreads();
   if (s.num_chosen != k) return false;
