@@ -17,8 +17,9 @@ Bold: slower than torch.
 LAYER = """## A decode layer on CUDA
 
 {device}, {read_gb_s} GB/s read; torch {torch}; {date}, commit {commit}; `{command}`. bf16, 32k tokens, Quest over 1024
-of them: a layer of four `decode_linear` and a `sparse_decode_step`, 16 of them in a graph. Microseconds. *Kernels*: in
-their order, how long after the one ahead each has ended.
+of them: a layer of four `decode_linear` and a `sparse_decode_step`, 16 of them in a graph. Microseconds. *Floor*: the
+bytes over this run's bandwidth, which differs by some 4 % from run to run. *Kernels*: in their order, how long after
+the one ahead each has ended.
 
 | model, batch | layer | floor | layer / floor | kernels |
 | --- | ---: | ---: | ---: | --- |"""
