@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 
 from lil_ops import ops
-from lil_ops.checks import is_whole
 
 
 class OutOfPagesError(RuntimeError):
@@ -196,9 +195,8 @@ class PagedKVCache:
         summary_dtype: torch.dtype | None = None,
         rooms: Sequence[Room] | None = None,
     ):
-        for option, value in (("batch", batch), ("max_tokens", max_tokens)):
-            if not is_whole(value, 1):
-                raise ValueError(f"PagedKVCache: {option}: expected a whole number of at least 1, got {value!r}")
+        if batch < 1 or max_tokens < 1:
+            raise ValueError(f"PagedKVCache: batch and max_tokens: expected at least 1, got {batch} and {max_tokens}")
         if page_size not in (8, 16, 32, 64, 128):
             raise ValueError(f"PagedKVCache: page_size: expected a power of two from 8 to 128, got {page_size}")
         if summary_mode not in (None, "minmax", "meanstd", "representative"):

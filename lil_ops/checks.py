@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import inf
-from numbers import Integral, Real
+from numbers import Integral
 
 INT32_MAX = 2**31 - 1  # what the operators count tokens with
 
@@ -11,8 +11,3 @@ INT32_MAX = 2**31 - 1  # what the operators count tokens with
 def is_whole(value: object, least: float = -inf, most: float = inf) -> bool:
     """Whether it is a whole number from ``least`` to ``most``. Those of numpy are; True and False are not."""
     return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
-
-
-def is_number(value: object, least: float = -inf, most: float = inf) -> bool:
-    """As `is_whole`, of any real number; NaN is none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most

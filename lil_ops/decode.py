@@ -23,7 +23,8 @@ from lil_ops.stopping import Lz77Tracker, Progress, StopReason, StopRule
 class DecodeLoop(ModelLoop):
     """Decodes a batch step by step. Arguments and errors as in `generate`, but the batch must not be empty.
 
-    A context manager, which gives the model attention "lil" and on leaving puts back what it had. Iterating runs it::
+    A context manager, which gives the model attention "lil" and on leaving puts back what it had (so loops that share a
+    model are left in the reverse order). Iterating runs it::
 
         with DecodeLoop(model, input_ids, policy="quest", budget=256) as loop:
             for event in loop:          # the same as loop.prefill() if need be, then loop.step() while loop.active

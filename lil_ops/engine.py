@@ -108,9 +108,8 @@ class Engine(ModelLoop):
     ):
         if graph and model.device.type != "cuda":
             raise ValueError(f"Engine: graph: expected None or False for a model on {model.device.type}, got {graph}")
-        for option, value, least in (("slots", slots, 1), ("max_tokens", max_tokens, 1), ("lag", lag, 0)):
-            if not is_whole(value, least):
-                raise ValueError(f"Engine: {option}: expected a whole number of at least {least}, got {value!r}")
+        if not is_whole(lag, 0):
+            raise ValueError(f"Engine: lag: expected a whole number of at least 0, got {lag!r}")
         final = action.then if isinstance(action, Rescue) else action
         if isinstance(final, Answer) and len(final.tokens) > ANSWER_TOKENS:
             raise ValueError(f"Answer: tokens: expected at most {ANSWER_TOKENS} in an Engine, got {len(final.tokens)}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lil_ops import ops
-from lil_ops.checks import INT32_MAX, is_number, is_whole
+from lil_ops.checks import INT32_MAX, is_whole
 from lil_ops.stopping import Progress, StopRule
 
 UNITS = ("phrases", "bits")
@@ -41,7 +41,7 @@ class Guardian(StopRule):
             raise ValueError(f"Guardian: interval: expected a whole number from 1 to 2**31 - 1, got {self.interval!r}")
         for option in ("threshold", "loss_weight"):
             value = getattr(self, option)
-            if not is_number(value, 0, torch.finfo(torch.float32).max):
+            if not isinstance(value, (int, float)) or not 0 <= value <= torch.finfo(torch.float32).max:
                 raise ValueError(f"Guardian: {option}: expected a number, 0 or more, that float32 has, got {value!r}")
         if self.unit not in UNITS:
             raise ValueError(f"Guardian: unit: expected one of {', '.join(UNITS)}, got {self.unit!r}")

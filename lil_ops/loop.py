@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -21,16 +20,13 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
     from typing_extensions import Self
 
-# Of models with attention "lil": what they had before, and how many loops have given it to them. The last one to leave
-# puts it back, in whatever order they do.
-_in_use: WeakKeyDictionary[torch.nn.Module, tuple[str, int]] = WeakKeyDictionary()
-
 TokenIds = torch.Tensor | Sequence[torch.Tensor | Sequence[int]]
 
 
 class ModelLoop:
-    """A context manager, in which the model has attention "lil". Arguments and errors as in `lil_ops.generate`; batch:
-    rows of the cache; prompt_lens: as `LilCache.begin` takes them; sampling: options of `lil_ops.sampling.sample`.
+    """A context manager, in which the model has attention "lil"; those of one model have to be nested. Arguments and
+    errors as in `lil_ops.generate`; batch: rows of the cache; prompt_lens: as `LilCache.begin` takes them; sampling:
+    options of `lil_ops.sampling.sample`.
 
     Attributes: ``cache`` the `LilCache`.
     """
@@ -70,19 +66,15 @@ class ModelLoop:
         if measure_loss or (guardian and guardian.needs_loss):
             self.cache.watch_loss()
         self._cache_argument = cache_argument(model)
+        self._attention_before: str | None = None
 
     def __enter__(self) -> Self:
-        before, users = _in_use.get(self._model, (self._model.config._attn_implementation, 0))
-        _in_use[self._model] = before, users + 1
+        self._attention_before = self._model.config._attn_implementation
         self._model.set_attn_implementation(NAME)
         return self
 
     def __exit__(self, *exception) -> None:
-        before, users = _in_use.pop(self._model)
-        if users > 1:
-            _in_use[self._model] = before, users - 1
-        else:
-            self._model.set_attn_implementation(before)
+        self._model.set_attn_implementation(self._attention_before)
 
     def _course(self) -> Course:
         """Of a new sequence."""

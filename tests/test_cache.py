@@ -188,9 +188,8 @@ def test_a_step_that_does_not_fit_changes_nothing(error, rows, counts, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch": 0}, "batch: expected a whole number of at least 1, got 0"),
-        ({"max_tokens": 0}, "max_tokens: expected a whole number of at least 1, got 0"),
-        ({"max_tokens": 40.5}, "max_tokens: expected a whole number of at least 1, got 40.5"),
+        ({"batch": 0}, "batch and max_tokens: expected at least 1, got 0 and 40"),
+        ({"max_tokens": 0}, "batch and max_tokens: expected at least 1, got 3 and 0"),
     ],
 )
 def test_bad_sizes(options, message):

@@ -179,18 +179,6 @@ def test_a_callback_that_raises_ends_the_run(model):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_loops_that_share_a_model_end_in_any_order(model):
-    want = hf_generate(model, torch.stack(prompts(12)), 8)
-    first, second = (DecodeLoop(model, prompts(12), max_new_tokens=8) for _ in range(2))
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert [event.tokens[0] for event in second] == want[0]
-    second.__exit__(None, None, None)
-    assert model.config._attn_implementation == "sdpa"
-    assert first.result() != second.result()
-
-
 def test_inputs_of_every_kind_are_alike(model):
     rows = prompts(12, 12)
     want = hf_generate(model, torch.stack(rows), 8)
@@ -220,11 +208,10 @@ def test_empty_batch(model, batch):
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens: expected a whole number of at least 1, got 0"),
         ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens: expected a whole number of at least 1, got 2.5"),
         ([[1]], {"temperature": -1}, "temperature: expected"),
-        ([[1]], {"temperature": "0"}, "temperature: expected .*, got '0'"),
         ([[1]], {"top_p": 0}, "top_p: expected"),
-        ([[1]], {"top_k": 2.5}, "top_k: expected a whole number .*, got 2.5"),
         ([[1]], {"guardian": Guardian}, r"guardian: expected a stop rule, such as Guardian\(\), or None, got <class"),
         ([[1]], {"policy": Quest, "budget": 64}, "policy: expected a name or a Policy object, got <class"),
+        ([[1]], {"policy": ["quest"], "guardian": Guardian(loss_aware=True)}, "policy: expected a name or a Policy"),
         ([[1]], {"policy": "qest"}, "did you mean 'quest'"),
         ([[1]], {"policy": "quest"}, "budget: expected a number of tokens"),
         ([[1]], {"policy": "quest", "budget": 8}, "budget: expected at least 16"),

@@ -49,7 +49,7 @@ def get(name: str | Policy, **options) -> Policy:
 def with_loss(name: str | Policy, options: dict) -> dict:
     """``options`` and, for what they leave open, the defaults of the policy called ``name`` under a rule that reads the
     loss. Those of a Policy are settled, and an unknown name has none."""
-    return options if isinstance(name, Policy) or name not in POLICIES else POLICIES[name].loss_options | options
+    return POLICIES[name].loss_options | options if isinstance(name, str) and name in POLICIES else options
 
 
 def options_of(policy: type[Policy]) -> list[str]:
