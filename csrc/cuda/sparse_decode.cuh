@@ -16,6 +16,7 @@
 #include "cuda/instances.h"
 #include "cuda/loss.cuh"
 #include "cuda/numbers.cuh"
+#include "cuda/partial_results.cuh"
 #include "cuda/select_pages.cuh"
 
 namespace lil::cuda {
@@ -199,48 +200,6 @@ struct FmaEngine {
   }
 };
 
-// Four elements of a head over `count` partial results, in order. For each result and head: the maximum (of logits
-// times log2 e), the sum of weights relative to it, and the weighted sum of values; max(i), sum(i) and acc(i) read the
-// i-th. Eight are read at a time, before any is used: their latencies overlap.
-struct Merged {
-  float max, sum;
-  float4 acc;
-};
-
-template <class Max, class Sum, class Acc>
-__device__ inline Merged merge(int32_t count, Max max, Sum sum, Acc acc) {
-  constexpr int32_t kAtOnce = 8;
-  Merged all{-INFINITY, 0, {0, 0, 0, 0}};
-#pragma unroll 1
-  for (int32_t first = 0; first < count; first += kAtOnce) {
-    float part_max[kAtOnce], part_sum[kAtOnce];
-    float4 part_acc[kAtOnce];
-#pragma unroll
-    for (int32_t i = 0; i < kAtOnce; ++i) {
-      const bool there = first + i < count;
-      part_max[i] = there ? max(first + i) : -INFINITY;
-      part_sum[i] = there ? sum(first + i) : 0;
-      part_acc[i] = there ? acc(first + i) : float4{0, 0, 0, 0};
-    }
-    float high = all.max;
-#pragma unroll
-    for (int32_t i = 0; i < kAtOnce; ++i) high = fmaxf(high, part_max[i]);
-    const float base = high == -INFINITY ? 0 : high;  // nothing read: the weights are 0 all the same
-    float weight = exp2_approx(all.max - base);
-    all = {high, all.sum * weight, {all.acc.x * weight, all.acc.y * weight, all.acc.z * weight, all.acc.w * weight}};
-#pragma unroll
-    for (int32_t i = 0; i < kAtOnce; ++i) {
-      weight = exp2_approx(part_max[i] - base);
-      all.sum = fmaf(part_sum[i], weight, all.sum);
-      all.acc.x = fmaf(part_acc[i].x, weight, all.acc.x);
-      all.acc.y = fmaf(part_acc[i].y, weight, all.acc.y);
-      all.acc.z = fmaf(part_acc[i].z, weight, all.acc.z);
-      all.acc.w = fmaf(part_acc[i].w, weight, all.acc.w);
-    }
-  }
-  return all;
-}
-
 // `unread`: log2 of the sum of exponentials of what was not read, for the loss.
 struct Unread {
   float* loss;  // null: not asked for
@@ -277,47 +236,6 @@ struct SplitPlan {
     const int32_t most = many <= cluster_splits ? cluster_splits : many > kMaxCluster ? many : kMaxCluster;
     const int32_t wanted = few < most ? few : most;
     return wanted < 1 ? 1 : wanted < max_splits ? wanted : max_splits;
-  }
-};
-
-// Partial results of some blocks or warps of one head block: maxima [count][heads], sums [count][heads], elements
-// [count][heads][head_dim], with a gap of 16 bytes behind each head: else the warps' stores would meet in few banks.
-struct Partials {
-  static constexpr int32_t kGap = 4;
-
-  float *max, *sum, *acc;
-  int32_t heads, pitch;
-
-  __device__ Partials(float* data, int32_t count, int32_t heads, int32_t head_dim)
-      : max(data), sum(data + count * heads), acc(data + 2 * count * heads), heads(heads), pitch(head_dim + kGap) {}
-  __host__ __device__ static int64_t size(int32_t count, int32_t heads, int32_t head_dim) {
-    return static_cast<int64_t>(count) * heads * (head_dim + kGap + 2);
-  }
-
-  __device__ float* row(int32_t i, int32_t g) const { return acc + (i * heads + g) * pitch; }
-  __device__ float4& four(int32_t i, int32_t g, int32_t d) const { return *reinterpret_cast<float4*>(row(i, g) + d); }
-};
-
-// What the blocks of a cluster send one of them: of each split, for its share of the head block's elements, four of
-// them with their head's maximum and sum.
-struct Inbox {
-  float4* acc;          // [splits][share]
-  float2* max_and_sum;  // [splits][share]
-  int32_t share;
-
-  __device__ Inbox(float* data, int32_t splits, int32_t share)
-      : acc(reinterpret_cast<float4*>(data)),
-        max_and_sum(reinterpret_cast<float2*>(acc + splits * share)),
-        share(share) {}
-  static int64_t size(int32_t splits, int32_t heads, int32_t head_dim) {
-    return splits * ((heads * head_dim / 4 + splits - 1) / splits) * 6;
-  }
-
-  // Four elements i of split `from`.
-  __device__ void send(int32_t from, int32_t i, const Merged& part) const {
-    const int32_t to = i / share, at = from * share + i - to * share;
-    remote_store(acc + at, to, part.acc);
-    remote_store(max_and_sum + at, to, float2{part.max, part.sum});
   }
 };
 
@@ -480,7 +398,7 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
   const int32_t heads = min(kHeads, static_cast<int32_t>(p.group) - first_head), vectors = heads * head_dim / 4;
   const int64_t first_row = (b * p.cache.kv_heads + h) * p.group + first_head;
   // Every block of a cluster owns a share of the elements. The others send it theirs, so that after one barrier all is
-  // at hand and nobody needs another's memory any more.
+  // at hand and nobody needs another's memory any more. (An inbox kept from here on would cost registers.)
   const auto inbox = [&] { return Inbox(parts + plan.parts_words, splits, ceil_div(vectors, splits)); };
   const int64_t head_block = static_cast<int64_t>(b) * gridDim.y + blockIdx.y;
   if (in_cluster) cluster_wait();
