@@ -11,6 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -22,7 +23,7 @@ from lil_ops.integrations.compiled import StepCache, compiled
 from lil_ops.integrations.transformers import NAME
 from lil_ops.loop import ModelLoop, check_prompts, eos_ids, uniforms
 from lil_ops.policies import Policy
-from lil_ops.sampling import sample
+from lil_ops.sampling import most_likely, sample
 from lil_ops.stopping import Lz77Tracker, Progress, StopReason, StopRule
 
 ANSWER_TOKENS = 64  # room for the forced tokens of an `Answer`
@@ -137,6 +138,7 @@ class Engine(ModelLoop):
             options = compile if isinstance(compile, dict) else {}
             self._compiled = compiled(model, **options)
             self._step_cache = StepCache(self.cache.shape.num_layers)
+        self._choose = partial(sample, **self._sampling)
         self._prepared, self._taken, self._closed = self._bookkeeping()
         if compile and model.device.type == "cuda":
             self.compile_bookkeeping(**options)
@@ -289,11 +291,16 @@ class Engine(ModelLoop):
             yield from self.completed()
 
     def compile_bookkeeping(self, **options) -> None:
-        """torch.compile what a step does beside the model, its choice of a token and the stop rule: some fifty small
-        operations, which on a GPU are a kernel each. ``compile`` does so on CUDA. options: of `torch.compile`. Before
-        the first step."""
+        """torch.compile what a step does beside the model and the stop rule: some fifty small operations, which on a
+        GPU are a kernel each. ``compile`` does so on CUDA. options: of `torch.compile`. Before the first step.
+
+        A draw stays as it is: compiled, its probabilities would be rounded otherwise.
+        """
         parts = (compiled(part, **options) for part in self._bookkeeping())
         self._prepared, self._taken, self._closed = parts
+        if self._sampling["temperature"] == 0:
+            greedy = compiled(most_likely, **options)
+            self._choose = lambda logits, draws: greedy(logits)
 
     def _bookkeeping(self) -> tuple[Callable, ...]:
         return self._prepare, self._take, self._close
@@ -324,7 +331,7 @@ class Engine(ModelLoop):
                 logits = self._forward(self._tokens, positions)
             else:
                 logits = self._logits(self._compiled, self._step_cache, self._tokens, positions)
-        self._settle(sample(logits, draws, **self._sampling), running)
+        self._settle(self._choose(logits, draws), running)
 
     def _prepare(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Who runs in the next step, at which positions, and the numbers for what is drawn."""

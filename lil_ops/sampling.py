@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.nn import functional as F
+
+PARTS = 128  # of a row, for `most_likely`
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
@@ -65,3 +68,12 @@ def sample(
     # Rounding may carry the largest uniforms up to the total, past the last token.
     index = torch.minimum(torch.searchsorted(cumulative, target, right=True), last)
     return (index if tokens is None else tokens.gather(1, index))[:, 0]
+
+
+def most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """``logits.argmax(-1)`` of floating ``[batch, vocab]``, for torch.compile: Inductor leaves a whole row's argmax to
+    one block, so the row goes in parts, of which many blocks work at once."""
+    parts = F.pad(logits, (0, -logits.shape[1] % PARTS), value=-math.inf).unflatten(1, (PARTS, -1))
+    first = parts.argmax(-1)
+    part = parts.gather(2, first[..., None])[..., 0].argmax(-1, keepdim=True)
+    return (part * parts.shape[2] + first.gather(1, part))[:, 0]

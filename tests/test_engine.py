@@ -374,11 +374,12 @@ def test_compiled_steps(device, family):
         check_same(completion, alone(model, request, **options))
 
 
-def test_compiled_bookkeeping():
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_compiled_bookkeeping(temperature):
     """What a compiled engine compiles beside the model where it runs on CUDA, and all that it writes."""
     model, results = build("llama"), []
     requests = [Request(prompt, 20, seed) for seed, prompt in enumerate(prompts(20, 3, 41, 9))]
-    options = {"guardian": Guardian(8, 2), "action": Answer([7, 8], max_tokens=4), "temperature": 0.7}
+    options = {"guardian": Guardian(8, 2), "action": Answer([7, 8], max_tokens=4), "temperature": temperature}
     for compiles in (False, True):
         torch._dynamo.reset()
         with Engine(model, slots=3, max_tokens=96, policy="h2o", budget=32, eos_token_id=[5, 77], **options) as engine:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lil_ops.sampling import sample
+from lil_ops.sampling import PARTS, most_likely, sample
 
 
 def uniforms(count: int, seed: int = 0) -> torch.Tensor:
@@ -21,6 +21,17 @@ def test_greedy_takes_the_first_largest_logit(dtype):
     logits = torch.tensor([[0, 3, 1, 3], [5, 1, 1, 1]], dtype=dtype)
     tokens = sample(logits, uniforms(2))
     assert tokens.tolist() == [1, 0] and tokens.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 7, PARTS, PARTS + 1, 10 * PARTS, 49_157])
+def test_most_likely_is_argmax(dtype, vocab):
+    """In bfloat16 the largest logit is there several times; a row may have no number, or infinities alone."""
+    logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
+    logits[1:4, vocab // 2], logits[4] = torch.tensor([torch.inf, torch.nan, -torch.inf]).to(dtype), -torch.inf
+    logits[5] = 0
+    assert torch.equal(most_likely(logits), logits.argmax(-1))
+    assert torch.equal(most_likely(logits[:0]), logits[:0].argmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

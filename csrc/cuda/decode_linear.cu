@@ -19,13 +19,20 @@ constexpr int kWarps = 8, kMultiplying = 32 * kWarps, kCopying = 2, kThreads = k
 
 // The ring of a block whose units are so many rows of the weight, 16 or 8. Two blocks fit into a multiprocessor, of one
 // kernel or of two.
-constexpr int kBlocks = 2, kStages = 6;
+constexpr int kBlocks = 2, kMostStages = 6, kFewerStages = 4;
 template <int Rows>
 struct Ring {
   static constexpr int kColumns = 8192 / Rows, kChunks = kColumns / 32 / kWarps;
   // Shared memory between two rows of a stage; eight lanes that load 16 bytes each of two rows meet all 32 banks once.
   static constexpr int kPitch = 2 * kColumns + 64;
-  static constexpr int kStageBytes = Rows * kPitch, kBytes = kStages * kStageBytes;
+  static constexpr int kStageBytes = Rows * kPitch;
+
+  // With many rows of x fewer: what shared memory does not take is L1, where both blocks find x. Also on a device whose
+  // blocks have no room for more.
+  static int32_t size(const DecodeLinearParams& p) {
+    constexpr size_t most = kMostStages * kStageBytes, beside = 12 * 1024;
+    return p.rows > 6 || current_device().max_shared < most + beside ? kFewerStages : kMostStages;
+  }
 };
 
 // Stages of a block that are on their way at once. They keep memory busy; behind more of them other loads would wait in
@@ -152,21 +159,21 @@ struct Ending {
 
 #endif
 
-// Held: a lane keeps all of x.
+// Held: a lane keeps all of x. ring_size: in stages.
 template <class T, bool Norm, bool Held, int Rows>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    decode_linear_kernel(const __grid_constant__ DecodeLinearParams p) {
+    decode_linear_kernel(const __grid_constant__ DecodeLinearParams p, const int32_t ring_size) {
 #if __CUDA_ARCH__ >= 900
   constexpr int kColumns = Ring<Rows>::kColumns, kChunks = Ring<Rows>::kChunks, kPitch = Ring<Rows>::kPitch;
-  extern __shared__ __align__(16) unsigned char ring[];  // [kStages][Rows][kPitch]
+  extern __shared__ __align__(16) unsigned char ring[];  // [ring_size][Rows][kPitch]
   __shared__ Sums sums[2][kWarps];
   __shared__ float squares[kWarps][8];
-  __shared__ Barrier full[kStages], empty[kStages];
+  __shared__ Barrier full[kMostStages], empty[kMostStages];
   // A decode_linear that is next reads weights meanwhile. Attention, which follows a rotation, has nothing to read yet,
   // and its blocks would crowd on the few multiprocessors that have room: it starts when this kernel ends.
   if (p.rotated == 0) let_next_start();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
+    for (int i = 0; i < kMostStages; ++i) {
       barrier_init(full[i], kCopying);
       barrier_init(empty[i], kMultiplying);
     }
@@ -179,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   int32_t slot = 0;
   uint32_t parity = 0;
   const auto next = [&] {
-    if (++slot == kStages) {
+    if (++slot == ring_size) {
       slot = 0;
       parity ^= 1;
     }
@@ -198,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const bool reads_ahead = p.in_features <= p.out_features;
     const auto prefetch_from = [&](int32_t unit, int32_t stage) {
       const auto is_read = [&] { return barrier_is_over(empty[0], 0); };
-      while (!barrier_is_over(full[kStages - 1], 0) && !is_read()) {
+      while (!barrier_is_over(full[ring_size - 1], 0) && !is_read()) {
       }
       for (; unit < units; unit += gridDim.x, stage = 0) {
         for (; stage < stages; ++stage) {
@@ -218,9 +225,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           __syncwarp();
         }
         barrier_wait(empty[slot], parity ^ 1);
-        // Until the stage kInFlight before this one has come, in this turn of the ring or in the last.
-        const int32_t ahead = (slot + kStages - kInFlight) % kStages;
-        if (ring_was_full || slot >= kInFlight) barrier_wait(full[ahead], slot < kInFlight ? parity ^ 1 : parity);
+        // Until the stage kInFlight before this one has come, in this turn of the ring or in the last: before the
+        // first, a barrier takes that for over.
+        const bool turned = slot < kInFlight;
+        barrier_wait(full[turned ? slot + ring_size - kInFlight : slot - kInFlight], turned ? parity ^ 1 : parity);
         if (lane == 0) barrier_expect(full[slot], bytes_of(stage) * kMine);
         __syncwarp();
         if (lane < kMine) {
@@ -307,12 +315,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 template <class T, bool Norm, bool Held, int Rows>
 void start(const DecodeLinearParams& p, const Launch& launch) {
-  constexpr size_t bytes = Ring<Rows>::kBytes;
+  const int32_t ring_size = Ring<Rows>::size(p);
+  const size_t bytes = static_cast<size_t>(ring_size) * Ring<Rows>::kStageBytes;
   constexpr auto kernel = decode_linear_kernel<T, Norm, Held, Rows>;
   allow_shared<kernel>(bytes);
   // As many blocks as fit. Fewer would not spread evenly: some multiprocessors would have two.
   const int64_t units = p.out_features / (p.gated ? 8 : Rows), most = kBlocks * current_device().sms;
-  launch(kernel, dim3(static_cast<unsigned>(units < most ? units : most)), kThreads, bytes, 1, p);
+  launch(kernel, dim3(static_cast<unsigned>(units < most ? units : most)), kThreads, bytes, 1, p, ring_size);
 }
 
 // Without a norm. Units of 8 rows where those of 16 are more than a ring holds, and at most half as many as the blocks
@@ -320,7 +329,7 @@ void start(const DecodeLinearParams& p, const Launch& launch) {
 template <class T>
 void start_plain(const DecodeLinearParams& p, const Launch& launch) {
   const bool few = p.out_features / 8 <= kBlocks * current_device().sms;
-  const bool large = p.in_features > kStages * Ring<16>::kColumns;
+  const bool large = p.in_features > kMostStages * Ring<16>::kColumns;
   few && large && !p.gated && p.rotated == 0 ? start<T, false, false, 8>(p, launch)
                                              : start<T, false, false, 16>(p, launch);
 }
