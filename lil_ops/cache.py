@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lil_ops import ops
+from lil_ops.checks import is_whole
 
 
 class OutOfPagesError(RuntimeError):
@@ -197,8 +198,10 @@ class PagedKVCache:
     ):
         if batch < 1 or max_tokens < 1:
             raise ValueError(f"PagedKVCache: batch and max_tokens: expected at least 1, got {batch} and {max_tokens}")
-        if page_size not in (8, 16, 32, 64, 128):
-            raise ValueError(f"PagedKVCache: page_size: expected a power of two from 8 to 128, got {page_size}")
+        if not is_whole(page_size) or page_size not in (8, 16, 32, 64, 128):
+            raise ValueError(f"PagedKVCache: page_size: expected a power of two from 8 to 128, got {page_size!r}")
+        if num_pages is not None and not is_whole(num_pages, 0):
+            raise ValueError(f"PagedKVCache: num_pages: expected a whole number of at least 0, got {num_pages!r}")
         if summary_mode not in (None, "minmax", "meanstd", "representative"):
             raise ValueError(
                 f"PagedKVCache: summary_mode: expected None, 'minmax', 'meanstd' or 'representative', "

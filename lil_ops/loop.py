@@ -121,7 +121,10 @@ def check_prompts(input_ids: TokenIds, vocab_size: int) -> list[torch.Tensor]:
 
 def uniforms(count: int, seed: int) -> torch.Tensor:
     """``[count]`` numbers for `sample`, from a generator of this seed: they depend on nothing else."""
-    return torch.rand(count, generator=torch.Generator().manual_seed(operator.index(seed)))
+    seed = operator.index(seed)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected a whole number of 64 bits, got {seed}")
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
 def whole_numbers(numbers: int | Iterable[int]) -> list[int]:

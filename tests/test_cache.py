@@ -190,6 +190,8 @@ def test_a_step_that_does_not_fit_changes_nothing(error, rows, counts, message):
     [
         ({"batch": 0}, "batch and max_tokens: expected at least 1, got 0 and 40"),
         ({"max_tokens": 0}, "batch and max_tokens: expected at least 1, got 3 and 0"),
+        ({"num_pages": -1}, "num_pages: expected a whole number of at least 0, got -1"),
+        ({"num_pages": 4.0}, "num_pages: expected a whole number of at least 0, got 4.0"),
     ],
 )
 def test_bad_sizes(options, message):
@@ -197,9 +199,9 @@ def test_bad_sizes(options, message):
         make(**options)
 
 
-@pytest.mark.parametrize("page_size", [0, 4, 12, 256])
+@pytest.mark.parametrize("page_size", [0, 4, 12, 256, 16.0, "16"])
 def test_bad_page_size(page_size):
-    with pytest.raises(ValueError, match=f"page_size: expected a power of two from 8 to 128, got {page_size}"):
+    with pytest.raises(ValueError, match=f"page_size: expected a power of two from 8 to 128, got {page_size!r}"):
         PagedKVCache(num_layers=1, kv_heads=1, head_dim=64, batch=1, max_tokens=8, page_size=page_size)
 
 

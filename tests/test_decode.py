@@ -209,6 +209,8 @@ def test_empty_batch(model, batch):
         ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens: expected a whole number of at least 1, got 2.5"),
         ([[1]], {"temperature": -1}, "temperature: expected"),
         ([[1]], {"top_p": 0}, "top_p: expected"),
+        ([[1]], {"seed": 2**64}, "seed: expected a whole number of 64 bits, got 18446744073709551616"),
+        ([[1], [2]], {"seed": 2**64 - 1}, "seed: expected a whole number of 64 bits, got 18446744073709551616"),
         ([[1]], {"guardian": Guardian}, r"guardian: expected a stop rule, such as Guardian\(\), or None, got <class"),
         ([[1]], {"policy": Quest, "budget": 64}, "policy: expected a name or a Policy object, got <class"),
         ([[1]], {"policy": ["quest"], "guardian": Guardian(loss_aware=True)}, "policy: expected a name or a Policy"),
