@@ -27,8 +27,8 @@ struct Ring {
   static constexpr int kPitch = 2 * kColumns + 64;
   static constexpr int kStageBytes = Rows * kPitch;
 
-  // With many rows of x fewer: what shared memory does not take is L1, where both blocks find x. Also on a device whose
-  // blocks have no room for more.
+  // Fewer with many rows of x: what shared memory does not take is L1, which holds loads of x on their way and what two
+  // blocks read. Also on a device that has no room for more, one block a multiprocessor.
   static int32_t size(const DecodeLinearParams& p) {
     constexpr size_t most = kMostStages * kStageBytes, beside = 12 * 1024;
     return p.rows > 6 || current_device().max_shared < most + beside ? kFewerStages : kMostStages;
@@ -324,8 +324,8 @@ void start(const DecodeLinearParams& p, const Launch& launch) {
   launch(kernel, dim3(static_cast<unsigned>(units < most ? units : most)), kThreads, bytes, 1, p, ring_size);
 }
 
-// Without a norm. Units of 8 rows where those of 16 are more than a ring holds, and at most half as many as the blocks
-// that fit: twice the blocks fill twice the rings ahead.
+// Without a norm. Units of 8 rows where those of 16 are more than the largest ring holds, and at most half as many as
+// the blocks that fit: twice the blocks fill twice the rings ahead.
 template <class T>
 void start_plain(const DecodeLinearParams& p, const Launch& launch) {
   const bool few = p.out_features / 8 <= kBlocks * current_device().sms;
