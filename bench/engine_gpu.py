@@ -3,6 +3,8 @@
 
     bench/engine_gpu.py [--out FILE] [--shapes qwen-1.5b llama-8b]
 
+What FILE has of other commands stays in it, behind this run.
+
 Random bf16 models of the shapes of Qwen2.5-1.5B and Llama-3.1-8B, Quest with a budget of 1024 and a Guardian. Each case
 in a process of its own: nothing of one, and least of all its profiler, is left to the next.
 *Floor*: bytes of the weights, page summaries and selected keys and values that a step reads, over the measured read
@@ -192,6 +194,12 @@ def in_own_process(function: Callable, *arguments):
         return process.submit(function, *arguments).result()
 
 
+def others_of(file: Path, run: dict) -> list[dict]:
+    """The runs in the file that another command made."""
+    runs = json.loads(file.read_text())["runs"] if file.exists() else []
+    return [other for other in runs if other["command"] != run["command"]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=BENCH / "results" / "engine.json")
@@ -217,7 +225,7 @@ def main() -> None:
             print(row, flush=True)
             # A run that is cut off leaves what it has found.
             run = of_run | {"read_gb_s": round(bandwidth / 1e9), "budget": BUDGET, "rows": rows}
-            options.out.write_text(json.dumps({"runs": [run]}, indent=1) + "\n")
+            options.out.write_text(json.dumps({"runs": [run, *others_of(options.out, run)]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

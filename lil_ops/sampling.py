@@ -7,6 +7,8 @@ import math
 import torch
 from torch.nn import functional as F
 
+from lil_ops.checks import is_number, is_whole
+
 PARTS = 128  # of a row, for `most_likely`
 
 
@@ -14,14 +16,14 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """Raise ValueError, naming the option, unless `sample` takes these options."""
     # Logits are divided by it in float32, where a smaller number may count as 0.
     least = torch.finfo(torch.float32).tiny
-    if temperature != 0 and not (temperature >= least and math.isfinite(temperature)):
+    if not (is_number(temperature) and (temperature == 0 or least <= temperature < math.inf)):
         raise ValueError(
-            f"temperature: expected 0 (greedy) or a finite number of at least {least:.8g}, got {temperature}"
+            f"temperature: expected 0 (greedy) or a finite number of at least {least:.8g}, got {temperature!r}"
         )
-    if top_k < 0:
-        raise ValueError(f"top_k: expected at least 0 (0: all tokens), got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected more than 0 and at most 1, got {top_p}")
+    if not is_whole(top_k, 0):
+        raise ValueError(f"top_k: expected a whole number of at least 0 (0: all tokens), got {top_k!r}")
+    if not is_number(top_p, 0, 1) or top_p == 0:
+        raise ValueError(f"top_p: expected a number of more than 0 and at most 1, got {top_p!r}")
 
 
 def sample(

@@ -1,5 +1,6 @@
 """bench/engine_gpu.py: what it makes of a profile."""
 
+import json
 import operator
 import os
 from types import SimpleNamespace as Some
@@ -35,3 +36,11 @@ def test_each_case_has_a_process_of_its_own(bench):
     assert in_own_process(os.getpid) != os.getpid()
     with pytest.raises(ZeroDivisionError):
         in_own_process(operator.truediv, 1, 0)
+
+
+def test_a_run_takes_the_place_of_its_command_alone(bench, tmp_path):
+    others_of, file = bench("engine_gpu").others_of, tmp_path / "engine.json"
+    runs = [{"command": "a", "commit": "1"}, {"command": "b", "commit": "2"}, {"command": "a", "commit": "3"}]
+    assert others_of(file, runs[0]) == []
+    file.write_text(json.dumps({"runs": runs}))
+    assert others_of(file, runs[0]) == [runs[1]]

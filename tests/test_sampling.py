@@ -101,9 +101,15 @@ def test_rows_of_a_large_vocabulary_and_none():
         ({"temperature": float("nan")}, "temperature: expected"),
         ({"temperature": float("inf")}, "temperature: expected"),
         ({"temperature": 1e-38}, r"temperature: expected 0 \(greedy\) or .* at least 1.1754944e-38, got 1e-38"),
+        ({"temperature": "0.7"}, "temperature: expected .* got '0.7'"),
+        ({"temperature": True}, "temperature: expected .* got True"),
         ({"top_k": -1}, "top_k: expected"),
+        ({"top_k": 2.0}, r"top_k: expected a whole number of at least 0 \(0: all tokens\), got 2.0"),
+        ({"top_k": "2"}, "top_k: expected .* got '2'"),
         ({"top_p": 0.0}, "top_p: expected"),
         ({"top_p": 1.1}, "top_p: expected"),
+        ({"top_p": "0.9"}, "top_p: expected a number of more than 0 and at most 1, got '0.9'"),
+        ({"top_p": float("nan")}, "top_p: expected"),
     ],
 )
 def test_bad_options(options, message):
