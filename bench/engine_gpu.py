@@ -3,7 +3,8 @@
 
     bench/engine_gpu.py [--out FILE] [--shapes qwen-1.5b llama-8b]
 
-What FILE has of other commands stays in it, behind this run.
+This run stands first in FILE. When it is complete, it has taken the place of an earlier one of the same command on the
+same device; others stay behind it.
 
 Random bf16 models of the shapes of Qwen2.5-1.5B and Llama-3.1-8B, Quest with a budget of 1024 and a Guardian. Each case
 in a process of its own: nothing of one, and least of all its profiler, is left to the next.
@@ -194,10 +195,10 @@ def in_own_process(function: Callable, *arguments):
         return process.submit(function, *arguments).result()
 
 
-def others_of(file: Path, run: dict) -> list[dict]:
-    """The runs in the file that another command made."""
-    runs = json.loads(file.read_text())["runs"] if file.exists() else []
-    return [other for other in runs if other["command"] != run["command"]]
+def with_earlier(run: dict, earlier: list[dict], complete: bool) -> list[dict]:
+    """The runs to keep: a complete one takes the place of those of its command on its device."""
+    of = "command", "device"
+    return [run, *(other for other in earlier if not complete or any(other[key] != run[key] for key in of))]
 
 
 def main() -> None:
@@ -209,23 +210,29 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="print the kernels of a step in their order")
     add_commit(parser)
     options = parser.parse_args()
-    of_run, rows = facts(commit=options.commit), []
+    cases = [
+        (shape, batch, context, how)
+        for shape in options.shapes
+        for batch, context, how in CASES[shape]
+        if how in (options.how or [how]) and batch in (options.batches or [batch])
+    ]
+    if not cases:
+        parser.error("no case is of these shapes, ways and batches")
     bandwidth = in_own_process(read_bandwidth)
-    for shape in options.shapes:
-        for batch, context, how in CASES[shape]:
-            if how not in (options.how or [how]) or batch not in (options.batches or [batch]):
-                continue
-            row = {"shape": shape, "batch": batch, "context": context, "how": how}
-            try:
-                found, read = in_own_process(measure, *row.values(), options.kernels)
-                row |= found | {"floor_us": round(read / bandwidth * 1e6, 1)}
-            except Exception as error:
-                row["error"] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-            rows.append(row)
-            print(row, flush=True)
-            # A run that is cut off leaves what it has found.
-            run = of_run | {"read_gb_s": round(bandwidth / 1e9), "budget": BUDGET, "rows": rows}
-            options.out.write_text(json.dumps({"runs": [run, *others_of(options.out, run)]}, indent=1) + "\n")
+    run = facts(commit=options.commit) | {"read_gb_s": round(bandwidth / 1e9), "budget": BUDGET, "rows": []}
+    earlier = json.loads(options.out.read_text())["runs"] if options.out.exists() else []
+    for case in cases:
+        row = dict(zip(("shape", "batch", "context", "how"), case, strict=True))
+        try:
+            found, read = in_own_process(measure, *case, options.kernels)
+            row |= found | {"floor_us": round(read / bandwidth * 1e6, 1)}
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        run["rows"].append(row)
+        print(row, flush=True)
+        # A run that is cut off leaves what it has found.
+        runs = with_earlier(run, earlier, complete=len(run["rows"]) == len(cases))
+        options.out.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from report_engine import engine_lines, jct_lines, layer_lines, linears_lines, memory_lines
+from report_engine import engine_lines, jct_lines, layer_lines, linears_lines, memory_lines, note_lines
 from report_field import field_lines
 from report_loss import loss_lines
 
@@ -47,7 +47,9 @@ ATTEND = "Attention alone over 1024 and over 2048 selected tokens. *Peer*: the f
 DENSE = "The same kernel over the whole sequence. *Peer*: FlashInfer's best mode. Asked: 0.97x."
 SHORT = "The step reads 1024 tokens at most, dense all; append + dense does what the step replaces. Asked: 0.97x."
 FP8 = "float8 keys, values and summaries against bf16. Asked: 1.6x for attention at batch 32."
-OPERATORS = "*Four*: append, score, select and attend as calls of their own. *Loss adds*, to the step: asked, 3 %."
+OPERATORS = (
+    "*Four*: append, score, select and attend as calls of their own. *Loss adds*: asked, at most 3 % of the step."
+)
 PEERS = "Every peer, against our variant that does the same."
 LZ77 = """## LZ77 on CUDA
 
@@ -205,7 +207,7 @@ def policies_lines(result: dict) -> list[str]:
 def cuda_lines(result: dict) -> list[str]:
     cases = result["cases"]
     peers = any(_peers(case) for case in cases)
-    lines = [CUDA.format(**result, **result["versions"], peers="" if peers else NO_PEERS)]
+    lines = [CUDA.format(**result, **result["versions"], peers="" if peers else NO_PEERS), *note_lines(result)]
     long = [case for case in cases if case["context"] > SHORT_CONTEXT]
     short = [case for case in cases if case["context"] <= SHORT_CONTEXT]
     loss = ", loss" if all("lil step with loss" in case["us"] for case in long) else ""
@@ -326,7 +328,7 @@ def _over(other: float | None, ours: float, least: float = 1) -> str | None:
 def _added(step: float, with_loss: float | None) -> str | None:
     if with_loss is None:
         return None
-    share = f"{with_loss / step - 1:.1%}"
+    share = f"{with_loss / step - 1:.1%}".replace("%", " %")
     return share if with_loss / step - 1 <= MOST_LOSS_ADDS else f"**{share}**"
 
 

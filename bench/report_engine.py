@@ -53,11 +53,16 @@ NAMES = {"generate": "transformers", "static": "transformers, static"}
 ANOTHER_RUN = """Another run, not to be compared with the one above: `{command}`; commit {commit}."""
 
 
+def note_lines(run: dict) -> list[str]:
+    """What was found out about a run's figures when it was over, written into its result by hand."""
+    return ["", run["note"]] if "note" in run else []
+
+
 def engine_lines(result: dict) -> list[str]:
     shown, *others = result["runs"]
-    lines = [ENGINE.format(**shown, **shown["versions"]) + NOTE, "", *_table(shown), *_note(shown)]
+    lines = [ENGINE.format(**shown, **shown["versions"]) + NOTE, "", *_table(shown), *note_lines(shown)]
     for run in others:
-        lines += ["", ANOTHER_RUN.format(**run), "", *_table(run), *_note(run)]
+        lines += ["", ANOTHER_RUN.format(**run), "", *_table(run), *note_lines(run)]
     return lines
 
 
@@ -90,11 +95,6 @@ def memory_lines(result: dict) -> list[str]:
     for row in result["rows"]:
         lines.append(f"| {row['shape']}, {row['batch']} | {row['us']} | {' | '.join(map(str, row['bands_us']))} |")
     return lines
-
-
-def _note(run: dict) -> list[str]:
-    """What was found out about a run's figures when it was over, written into its result by hand."""
-    return ["", run["note"]] if "note" in run else []
 
 
 def _table(result: dict) -> list[str]:

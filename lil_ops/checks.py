@@ -14,5 +14,5 @@ def is_whole(value: object, least: float = -inf, most: float = inf) -> bool:
 
 
 def is_number(value: object, least: float = -inf, most: float = inf) -> bool:
-    """Whether it is a number from ``least`` to ``most``; as `is_whole` takes them. NaN is none."""
+    """Whether it is a real number from ``least`` to ``most``. Those of numpy are; NaN, True and False are not."""
     return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most

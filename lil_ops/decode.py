@@ -248,7 +248,7 @@ def generate(
         max_new_tokens: per sequence. eos_token_id: id or ids; None: the model's own; ``()``: none.
         temperature, top_k, top_p: as in `lil_ops.sampling.sample`; temperature 0 is greedy. seed: sequence ``row``
             draws from its own generator, seeded ``seed + row``; or a list of one seed a sequence, which makes its draws
-            independent of its place in the batch too. Of a seed torch's generator looks at the lower 32 bits.
+            independent of its place in the batch too. torch's generator uses only the lower 32 bits of a seed.
         page_size: tokens in a page of the cache. on_token: called with a `StepEvent` after each step; what it raises
             ends the generation (use `DecodeLoop` to keep what was produced).
 

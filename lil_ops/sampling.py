@@ -14,11 +14,11 @@ PARTS = 128  # of a row, for `most_likely`
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """Raise ValueError, naming the option, unless `sample` takes these options."""
-    # Logits are divided by it in float32, where a smaller number may count as 0.
-    least = torch.finfo(torch.float32).tiny
-    if not (is_number(temperature) and (temperature == 0 or least <= temperature < math.inf)):
+    # Logits are divided by it in float32, where a smaller number may count as 0 and a larger one as infinity.
+    least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    if not (is_number(temperature, least, most) or is_number(temperature, 0, 0)):
         raise ValueError(
-            f"temperature: expected 0 (greedy) or a finite number of at least {least:.8g}, got {temperature!r}"
+            f"temperature: expected 0 (greedy) or a number from {least:.8g} to {most:.8g}, got {temperature!r}"
         )
     if not is_whole(top_k, 0):
         raise ValueError(f"top_k: expected a whole number of at least 0 (0: all tokens), got {top_k!r}")
@@ -36,7 +36,7 @@ def sample(
 
     Args:
         logits: ``[batch, vocab]``, floating. uniforms: ``[batch]``, floating, in [0, 1); not read when greedy.
-        temperature: divides the logits, at least the smallest normal float32; 0 takes the largest logit.
+        temperature: divides the logits, a normal float32; 0 takes the largest logit.
         top_k: keep the k most likely tokens; 0 keeps all. top_p: of those keep the fewest most likely ones whose
             probability reaches ``top_p``.
 
@@ -57,7 +57,7 @@ def sample(
 
     # Relative to the largest, so that a low temperature does not take it to infinity.
     logits, tokens = logits.float(), None
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / float(temperature)
     if 0 < top_k < logits.shape[1]:
         logits, tokens = logits.topk(top_k)
     elif top_p < 1:
@@ -65,7 +65,7 @@ def sample(
     # float64, so that the cumulative sum of a large vocabulary keeps its rare tokens apart.
     cumulative = logits.softmax(-1).double().cumsum(-1)
     # A token stays while those before it have not reached top_p, so the first always does.
-    last = torch.searchsorted(cumulative, top_p * cumulative[:, -1:])
+    last = torch.searchsorted(cumulative, float(top_p) * cumulative[:, -1:])
     target = uniforms[:, None].double() * cumulative.gather(1, last)
     # Rounding may carry the largest uniforms up to the total, past the last token.
     index = torch.minimum(torch.searchsorted(cumulative, target, right=True), last)

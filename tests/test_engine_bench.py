@@ -1,6 +1,5 @@
 """bench/engine_gpu.py: what it makes of a profile."""
 
-import json
 import operator
 import os
 from types import SimpleNamespace as Some
@@ -38,9 +37,8 @@ def test_each_case_has_a_process_of_its_own(bench):
         in_own_process(operator.truediv, 1, 0)
 
 
-def test_a_run_takes_the_place_of_its_command_alone(bench, tmp_path):
-    others_of, file = bench("engine_gpu").others_of, tmp_path / "engine.json"
-    runs = [{"command": "a", "commit": "1"}, {"command": "b", "commit": "2"}, {"command": "a", "commit": "3"}]
-    assert others_of(file, runs[0]) == []
-    file.write_text(json.dumps({"runs": runs}))
-    assert others_of(file, runs[0]) == [runs[1]]
+def test_a_complete_run_takes_the_place_of_its_command_on_its_device(bench):
+    with_earlier = bench("engine_gpu").with_earlier
+    run, *earlier = ({"command": a, "device": b, "commit": i} for i, (a, b) in enumerate("ax ax bx ay ax".split()))
+    assert with_earlier(run, earlier, complete=False) == [run, *earlier]
+    assert with_earlier(run, earlier, complete=True) == [run, earlier[1], earlier[2]]

@@ -1,5 +1,8 @@
 """`sample`: greedy, temperature, top-k, top-p, and independence of the batch."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
@@ -100,7 +103,10 @@ def test_rows_of_a_large_vocabulary_and_none():
         ({"temperature": -0.1}, "temperature: expected"),
         ({"temperature": float("nan")}, "temperature: expected"),
         ({"temperature": float("inf")}, "temperature: expected"),
-        ({"temperature": 1e-38}, r"temperature: expected 0 \(greedy\) or .* at least 1.1754944e-38, got 1e-38"),
+        ({"temperature": 1e-38}, r"temperature: expected 0 \(greedy\) or a number from 1.1754944e-38 to .* got 1e-38"),
+        ({"temperature": 1e39}, "temperature: expected .* to 3.4028235e.38, got 1e"),
+        ({"temperature": 2**128}, "temperature: expected"),
+        ({"temperature": np.bool_(True)}, "temperature: expected"),
         ({"temperature": "0.7"}, "temperature: expected .* got '0.7'"),
         ({"temperature": True}, "temperature: expected .* got True"),
         ({"top_k": -1}, "top_k: expected"),
@@ -115,6 +121,19 @@ def test_rows_of_a_large_vocabulary_and_none():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         sample(torch.zeros(1, 4), torch.zeros(1), **options)
+
+
+def test_numbers_of_other_kinds():
+    logits = torch.randn(99, 20, generator=torch.Generator().manual_seed(5))
+    expected = sample(logits, uniforms(99), 0.5, 3, 0.75)
+    assert torch.equal(sample(logits, uniforms(99), np.float32(0.5), np.int64(3), np.float64(0.75)), expected)
+    assert torch.equal(sample(logits, uniforms(99), Fraction(1, 2), 3, Fraction(3, 4)), expected)
+
+
+@pytest.mark.parametrize("temperature", [2**64, torch.finfo(torch.float32).max])
+def test_a_high_temperature_draws_from_all_that_is_possible(temperature):
+    logits = torch.tensor([[-torch.inf, 0.0, 5.0, -50.0]]).expand(999, -1)
+    assert set(sample(logits, uniforms(999), temperature).tolist()) == {1, 2, 3}
 
 
 def test_bad_tensors():
