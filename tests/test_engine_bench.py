@@ -39,6 +39,7 @@ def test_each_case_has_a_process_of_its_own(bench):
 
 def test_a_complete_run_takes_the_place_of_its_command_on_its_device(bench):
     with_earlier = bench("engine_gpu").with_earlier
-    run, *earlier = ({"command": a, "device": b, "commit": i} for i, (a, b) in enumerate("ax ax bx ay ax".split()))
+    pairs = zip("aabaa", "xxxyx", strict=True)
+    run, *earlier = ({"command": a, "device": b, "commit": i} for i, (a, b) in enumerate(pairs))
     assert with_earlier(run, earlier, complete=False) == [run, *earlier]
     assert with_earlier(run, earlier, complete=True) == [run, earlier[1], earlier[2]]
