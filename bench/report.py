@@ -146,7 +146,7 @@ def _cpu_decisions(rows: list[dict]) -> list[str]:
 
 
 def _decision(us: float, dense: float, context: int) -> str:
-    text = f"{_time(us)}, {us / dense:.1%}".replace("%", " %")
+    text = f"{_time(us)}, {_percent(us / dense)}"
     return f"**{text}**" if context == ASKED_CONTEXT and us > MOST_SHARE * dense else text
 
 
@@ -168,7 +168,7 @@ def _stop_lines(rows: list[dict]) -> list[str]:
         return []
     lines = ["", STOP.format(**rows[0])]
     for row in rows:
-        share = f"{row['share']:.2%}".replace("%", " %")
+        share = _percent(row["share"], 2)
         share = f"**{share}**" if row["share"] >= MOST_STOP else share
         step, stop, *parts = (_time(row[f"{key}_us"]) for key in ("step", "median", "lz77", "check", "behind"))
         lines.append(f"| {row['variant']} | {_cells([step, stop, share, *parts])} |")
@@ -192,7 +192,7 @@ def policies_lines(result: dict) -> list[str]:
                 cells.append(None)
                 continue
             misses = at_asked and case["batch"] == 8 and row["us"] > MOST_SHARE * case["dense_us"]
-            cell = f"{row['us']}, {row['us'] / case['dense_us']:.1%}".replace("%", " %")
+            cell = f"{row['us']}, {_percent(row['us'] / case['dense_us'])}"
             cells.append(f"**{cell}**" if misses else cell)
             note = f" ({row['note']})" if "note" in row else ""
             if at_asked and case["batch"] == 1:
@@ -328,8 +328,12 @@ def _over(other: float | None, ours: float, least: float = 1) -> str | None:
 def _added(step: float, with_loss: float | None) -> str | None:
     if with_loss is None:
         return None
-    share = f"{with_loss / step - 1:.1%}".replace("%", " %")
-    return share if with_loss / step - 1 <= MOST_LOSS_ADDS else f"**{share}**"
+    share = with_loss / step - 1
+    return _percent(share) if share <= MOST_LOSS_ADDS else f"**{_percent(share)}**"
+
+
+def _percent(share: float, places: int = 1) -> str:
+    return f"{100 * share:.{places}f} %"
 
 
 def _at_most(us: float | None, most: float | None) -> str | float | None:
