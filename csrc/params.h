@@ -17,7 +17,8 @@ struct PageTable {
   int64_t stride_b, stride_h;
   int64_t max_pages;
 
-  constexpr int32_t at(int64_t b, int64_t h, int64_t page) const { return data[b * stride_b + h * stride_h + page]; }
+  constexpr int64_t index(int64_t b, int64_t h, int64_t page) const { return b * stride_b + h * stride_h + page; }
+  constexpr int32_t at(int64_t b, int64_t h, int64_t page) const { return data[index(b, h, page)]; }
 };
 
 // One of the two cache buffers, [num_pages, kv_heads, page_size, head_dim], last dimension contiguous.

@@ -98,6 +98,17 @@ __device__ void append_token(const AppendKvParams& p, int32_t row, int32_t b, in
   using Vector = typename AppendVector<T, S>::type;
   constexpr int kElements = AppendVector<T, S>::kElements;
   const PageSize page_size(p.cache.page_size);
+  // The new row comes to L1 while the length and the page are looked up.
+  const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim), element = threadIdx.x % 32 * kElements;
+  if (element < head_dim) {
+    const auto prefetch_row = [&](const void* data, int64_t stride_token, int64_t stride_head) {
+      const int64_t at = row * stride_token + h * stride_head + element;
+      const int64_t bytes = p.k_dtype == DType::kFloat32 ? 4 : p.k_dtype == DType::kFloat8E4M3 ? 1 : 2;
+      prefetch(static_cast<const char*>(data) + at * bytes);
+    };
+    prefetch_row(p.k, p.k_stride_token, p.k_stride_head);
+    prefetch_row(p.v, p.v_stride_token, p.v_stride_head);
+  }
   const int32_t length = checked_length(finding, p.seq_lens, b, p.pages.max_pages << page_size.shift);
   if (finding.wrong != Wrong::kNothing || (!p.cu_seqlens && length == 0)) return;
   finding.note(last - first > length, Wrong::kSeqLensShort, length, last - first);
@@ -119,9 +130,8 @@ __device__ void append_token(const AppendKvParams& p, int32_t row, int32_t b, in
   const float k_scale = p.cache.k_scale.at(physical, h), v_scale = p.cache.v_scale.at(physical, h);
   const bool closes = p.summary.data != nullptr && (slot == page_size.slot(-1) || row == last - 1);
   const int32_t in_page = min(position - start, slot);  // tokens of this call before this one in the page
-  const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim);
 #pragma unroll 1
-  for (int32_t i = threadIdx.x % 32 * kElements; i < head_dim; i += 32 * kElements) {
+  for (int32_t i = element; i < head_dim; i += 32 * kElements) {
     const auto new_key = [&](int32_t r) {
       return new_vector<T, Vector>(p.k, p.k_dtype, r * p.k_stride_token + h * p.k_stride_head + i, k_scale);
     };

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "cuda/bulk_copy.cuh"
+
 namespace lil::cuda {
 
 // The first half of a cluster's barrier tells the others that this block runs: before that its memory must not be
@@ -31,6 +33,47 @@ template <class V>
 __device__ inline void remote_store(V* here, int32_t rank, V value) {
 #if __CUDA_ARCH__ >= 900
   *cooperative_groups::this_cluster().map_shared_rank(here, rank) = value;
+#endif
+}
+
+// What comes by remote_send, once, and can be waited for without a barrier of all. (Whoever releases the cluster's
+// waits until all is done that he has asked of memory, elsewhere too.) remote_expect: by one thread, before
+// cluster_arrive().
+__device__ inline void remote_expect(uint64_t& barrier, int32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  barrier_init(barrier, 1);
+  barriers_are_ready();
+  barrier_expect(barrier, bytes);
+#endif
+}
+
+// As remote_store; counted by that block's `barrier`.
+template <class V>
+__device__ inline void remote_send(V* here, int32_t rank, V value, uint64_t& barrier) {
+#if __CUDA_ARCH__ >= 900
+  const auto there = [&](const void* p) {
+    uint32_t address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+    return address;
+  };
+  if constexpr (sizeof(V) == 16) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(there(here)),
+        "r"(there(&barrier)), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+        : "memory");
+  } else {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%2, %3}, [%1];" ::"r"(there(here)),
+        "r"(there(&barrier)), "f"(value.x), "f"(value.y)
+        : "memory");
+  }
+#endif
+}
+
+// Until all that was expected is there. Then nobody needs this block's memory any more.
+__device__ inline void remote_wait(uint64_t& barrier) {
+#if __CUDA_ARCH__ >= 900
+  barrier_wait(barrier, 0);
 #endif
 }
 

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
   for (int32_t g = threadIdx.x; g < p.group; g += kThreads) {
     const int64_t row = (b * p.kv_heads + h) * p.group + g;
-    p.loss[row] = lost_share(p.lse[row] * kLog2E, unread);
+    p.loss[row] = lost_share(p.lse[row] * kLog2E, 1, unread);
   }
 }
 

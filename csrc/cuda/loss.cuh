@@ -14,9 +14,11 @@ __device__ inline float log2_weight(float score, float softcap) {
 // Its sum with other weights is computed relative to 2^this.
 __device__ inline float finite_base(float log2_weight) { return isfinite(log2_weight) ? log2_weight : 0; }
 
-// Share of what was not read in the sum of both; what weighs nothing is no loss.
-__device__ inline float lost_share(float log2_read, float log2_unread) {
-  return log2_unread == -INFINITY ? 0 : 1 / (1 + exp2f(log2_read - log2_unread));
+// Share of what was not read in the sum of both; what weighs nothing is no loss. What was read: `sum` times 2^`max`.
+__device__ inline float lost_share(float max, float sum, float log2_unread) {
+  if (log2_unread == -INFINITY) return 0;
+  const float unread = exp2_approx(log2_unread - max);
+  return unread > 1e30f ? 1 : __fdividef(unread, sum + unread);  // which takes no larger divisors
 }
 
 }  // namespace lil::cuda

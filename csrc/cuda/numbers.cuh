@@ -38,6 +38,12 @@ void with_dtype(DType dtype, F f) {
   }
 }
 
+// Has x computed here: the compiler may compute it later, or again for every load that depends on a condition.
+template <class T>
+__device__ inline void keep(T*& x) {
+  asm volatile("" : "+l"(x));
+}
+
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -224,7 +230,7 @@ __device__ inline uint4 max_vector(uint4 a, uint4 b) {
 }
 
 // Asks for a line of L1.
-__device__ inline void prefetch(const int32_t* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
+__device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 
 // Cached rows are read once: they need not push others out of L1. Volatile keeps the loads where the program has them,
 // well ahead of their use.

@@ -18,16 +18,14 @@ template <class Max, class Sum, class Acc>
 __device__ inline Merged merge(int32_t count, Max max, Sum sum, Acc acc) {
   constexpr int32_t kAtOnce = 8;
   Merged all{-INFINITY, 0, {0, 0, 0, 0}};
-#pragma unroll 1
-  for (int32_t first = 0; first < count; first += kAtOnce) {
+  const auto add = [&](int32_t first, auto there) {
     float part_max[kAtOnce], part_sum[kAtOnce];
     float4 part_acc[kAtOnce];
 #pragma unroll
     for (int32_t i = 0; i < kAtOnce; ++i) {
-      const bool there = first + i < count;
-      part_max[i] = there ? max(first + i) : -INFINITY;
-      part_sum[i] = there ? sum(first + i) : 0;
-      part_acc[i] = there ? acc(first + i) : float4{0, 0, 0, 0};
+      part_max[i] = there(i) ? max(first + i) : -INFINITY;
+      part_sum[i] = there(i) ? sum(first + i) : 0;
+      part_acc[i] = there(i) ? acc(first + i) : float4{0, 0, 0, 0};
     }
     float high = all.max;
 #pragma unroll
@@ -44,6 +42,14 @@ __device__ inline Merged merge(int32_t count, Max max, Sum sum, Acc acc) {
       all.acc.z = fmaf(part_acc[i].z, weight, all.acc.z);
       all.acc.w = fmaf(part_acc[i].w, weight, all.acc.w);
     }
+  };
+  if (count == kAtOnce) {  // as most are: no conditions
+    add(0, [](int32_t) { return true; });
+    return all;
+  }
+#pragma unroll 1
+  for (int32_t first = 0; first < count; first += kAtOnce) {
+    add(first, [&](int32_t i) { return first + i < count; });
   }
   return all;
 }
@@ -71,21 +77,32 @@ struct Partials {
 struct Inbox {
   float4* acc;          // [splits][share]
   float2* max_and_sum;  // [splits][share]
-  int32_t share;
+  uint64_t& barrier;    // all of it is there
+  int32_t splits, share;
 
-  __device__ Inbox(float* data, int32_t splits, int32_t share)
+  __device__ Inbox(float* data, uint64_t& barrier, int32_t splits, int32_t share)
       : acc(reinterpret_cast<float4*>(data)),
         max_and_sum(reinterpret_cast<float2*>(acc + splits * share)),
+        barrier(barrier),
+        splits(splits),
         share(share) {}
-  static int64_t size(int32_t splits, int32_t heads, int32_t head_dim) {
-    return splits * ((heads * head_dim / 4 + splits - 1) / splits) * 6;
+  static int64_t size(int32_t splits, int32_t share) { return splits * share * 6; }
+
+  // Of `vectors` in all, how many block `to` merges.
+  __device__ int32_t share_of(int32_t to, int32_t vectors) const {
+    return ::max(0, ::min(share, vectors - to * share));
+  }
+  // Before the first cluster_arrive(), by one thread.
+  __device__ void expect(int32_t to, int32_t vectors) const {
+    constexpr int32_t kBytes = sizeof(float4) + sizeof(float2);
+    remote_expect(barrier, splits * share_of(to, vectors) * kBytes);
   }
 
-  // Four elements i of split `from`.
-  __device__ void send(int32_t from, int32_t i, const Merged& part) const {
-    const int32_t to = i / share, at = from * share + i - to * share;
-    remote_store(acc + at, to, part.acc);
-    remote_store(max_and_sum + at, to, float2{part.max, part.sum});
+  // Four elements i of split `from`, which block `to` merges.
+  __device__ void send(int32_t from, int32_t i, int32_t to, const Merged& part) const {
+    const int32_t at = from * share + i - to * share;
+    remote_send(acc + at, to, part.acc, barrier);
+    remote_send(max_and_sum + at, to, float2{part.max, part.sum}, barrier);
   }
 };
 

@@ -76,10 +76,10 @@ struct ScoreTile {
   }
 };
 
-// The page table's entry for a row of a tile. It is asked for without knowing the sequence's length, and may be of no
-// use.
-__device__ inline int32_t table_entry(const ScorePagesParams& p, int32_t b, int32_t h, int32_t page) {
-  return p.pages.at(b, h, min(page, static_cast<int32_t>(p.pages.max_pages) - 1));
+// Where the page table's entry for a row of a tile is. It is asked for without knowing the sequence's length, and may
+// be of no use.
+__device__ inline const int32_t* table_entry(const ScorePagesParams& p, int32_t b, int32_t h, int32_t page) {
+  return &p.pages.data[p.pages.index(b, h, min(page, static_cast<int32_t>(p.pages.max_pages) - 1))];
 }
 
 // A row of the tile: the page's summary and what it is multiplied by; null where the page is not there.
@@ -90,14 +90,18 @@ struct SummaryRow {
 };
 
 template <class T>
-__device__ SummaryRow<T> summary_row(const ScorePagesParams& p, const ScoreTile& tile, int32_t h, int32_t row,
-                                     int32_t entry, Finding& finding) {
+__device__ SummaryRow<T> summary_row(const ScorePagesParams& p, const T* of_head, const ScoreTile& tile, int32_t h,
+                                     int32_t row, int32_t entry, Finding& finding) {
   if (tile.first + row >= tile.pages) return {nullptr, 1};
-  const int64_t physical = checked_entry(finding, entry, p.num_pages);
+  const int32_t physical = checked_entry(finding, entry, p.num_pages);
   if (physical < 0) return {nullptr, 1};
-  const T* const data =
-      static_cast<const T*>(p.summary.data) + physical * p.summary.stride_page + h * p.summary.stride_head;
-  return {data, kIsFloat8<T> ? p.k_scale.at(physical, h) : 1};
+  return {of_head + physical * p.summary.stride_page, kIsFloat8<T> ? p.k_scale.at(physical, h) : 1};
+}
+
+// The head's summary of page 0.
+template <class T>
+__device__ const T* summaries_of(const ScorePagesParams& p, int32_t h) {
+  return static_cast<const T*>(p.summary.data) + h * p.summary.stride_head;
 }
 
 // Squared standard deviations are made of std / kStdUnit, so that halves hold the largest: 448 of float8, 1023 of fp16.
@@ -207,6 +211,12 @@ __global__ void __launch_bounds__(kScoreThreads, D > 192 ? 1 : 2)
   const int32_t h = blockIdx.x, b = blockIdx.z, lane = threadIdx.x % 32, n = lane / 4, c = lane % 4;
   const int32_t group = static_cast<int32_t>(p.group), blocks = ceil_div(group, kScoreHeads);
   const bool mean_std = p.summary.mode == SummaryMode::kMeanStd;
+  // Nothing may be read yet, but where it is can be known.
+  const int32_t first = first_page(append, tiles_per_warp, 0);
+  const int32_t *first_entry = table_entry(p, b, h, first + n), *second_entry = table_entry(p, b, h, first + n + 8);
+  const int32_t* seq_len = p.seq_lens + b;
+  const T* summaries = summaries_of<T>(p, h);
+  keep(first_entry), keep(second_entry), keep(seq_len), keep(summaries);
   wait_for_previous();
   let_next_start();
   if (appends<T>(append, b, h, errors)) return;
@@ -214,9 +224,8 @@ __global__ void __launch_bounds__(kScoreThreads, D > 192 ? 1 : 2)
   const int32_t max_pages = static_cast<int32_t>(p.pages.max_pages);
   const PageSize page_size(p.page_size);
   Finding finding;
-  const int32_t first = first_page(append, tiles_per_warp, 0);
-  int32_t entries[2] = {table_entry(p, b, h, first + n), table_entry(p, b, h, first + n + 8)};
-  const int32_t length = checked_length(finding, p.seq_lens, b, p.pages.max_pages << page_size.shift);
+  int32_t entries[2] = {*first_entry, *second_entry};
+  const int32_t length = checked_length(finding, seq_len, 0, p.pages.max_pages << page_size.shift);
 
   ScoreTile tile{first, page_size.pages(length), p.scores + (b * p.kv_heads + h) * p.pages.max_pages};
 #pragma unroll 1
@@ -224,10 +233,10 @@ __global__ void __launch_bounds__(kScoreThreads, D > 192 ? 1 : 2)
     if (t > 0) {
       tile.first = first_page(append, tiles_per_warp, t);
       if (tile.first >= max_pages) break;
-      entries[0] = table_entry(p, b, h, tile.first + n), entries[1] = table_entry(p, b, h, tile.first + n + 8);
+      entries[0] = *table_entry(p, b, h, tile.first + n), entries[1] = *table_entry(p, b, h, tile.first + n + 8);
     }
-    const SummaryRow<T> rows[2] = {summary_row<T>(p, tile, h, n, entries[0], finding),
-                                   summary_row<T>(p, tile, h, n + 8, entries[1], finding)};
+    const SummaryRow<T> rows[2] = {summary_row(p, summaries, tile, h, n, entries[0], finding),
+                                   summary_row(p, summaries, tile, h, n + 8, entries[1], finding)};
     float best[2] = {-INFINITY, -INFINITY};
 #pragma unroll 1
     for (int32_t block = 0; block < blocks; ++block) {
@@ -333,7 +342,8 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
       if (tile.first >= max_pages) break;
 #pragma unroll 1
       for (int32_t r = n; r < kScoreTile; r += 8) {
-        const SummaryRow<T> row = summary_row<T>(p, tile, h, r, table_entry(p, b, h, tile.first + r), finding);
+        const SummaryRow<T> row =
+            summary_row(p, summaries_of<T>(p, h), tile, h, r, *table_entry(p, b, h, tile.first + r), finding);
         const float unit = row.scale * p.scale;
         float best = first_head == 0 || c != 0 || row.data == nullptr ? -INFINITY : tile.scores[tile.first + r];
 #pragma unroll 1

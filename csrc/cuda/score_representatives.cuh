@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kScoreThreads, 4)
   for (int32_t t = 0; t < tiles_per_warp; ++t) {
     tile.first = ((blockIdx.y * tiles_per_warp + t) * warps + warp) * kRepresentativeTile;
     if (tile.first >= max_pages) break;
-    const SummaryRow<T> row = summary_row<T>(p, tile, h, n, table_entry(p, b, h, tile.first + n), finding);
+    const SummaryRow<T> row =
+        summary_row(p, summaries_of<T>(p, h), tile, h, n, *table_entry(p, b, h, tile.first + n), finding);
     const auto* const vectors = reinterpret_cast<const uint4*>(row.data);
     float4 sums = {0, 0, 0, 0};
 #pragma unroll 1

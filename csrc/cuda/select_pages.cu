@@ -42,7 +42,7 @@ void select_pages(const SelectPagesParams& p, const Tensor& on) {
     allow_shared<select_pages_kernel<kStaged>>(shared);
     launch(select_pages_kernel<kStaged>, dim3(p.kv_heads, p.batch), kThreads, shared, 1, p, error_word());
   };
-  const size_t keys = (p.max_pages + 3) / 4 * sizeof(uint4);
+  const size_t keys = key_words(p.max_pages, kThreads) * sizeof(uint32_t);
   const bool fits = keys + sizeof(SelectScratch) <= current_device().max_shared;
   fits ? start.operator()<true>(keys) : start.operator()<false>(0);
 }

@@ -8,22 +8,44 @@
 
 namespace lil::cuda {
 
-// NaN is best; -0 equals 0.
-__device__ inline uint32_t score_key(float x) {
-  const uint32_t bits = __float_as_uint(x + 0.0f);
-  return isnan(x) ? ~0u : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+// All ones where x, as a signed number, is negative. Comparisons are avoided where one waits for another: a predicate
+// takes three times as long to be there as a number, and there are few of them. (In assembly, or it would be made one.)
+__device__ inline uint32_t if_negative(uint32_t x) {
+  uint32_t mask;
+  asm("shr.s32 %0, %1, 31;" : "=r"(mask) : "r"(x));
+  return mask;
 }
 
-__device__ inline float score_of_key(uint32_t key) {
-  return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+// All ones where a < b: the borrow of the difference.
+__device__ inline uint32_t if_less(uint32_t a, uint32_t b) { return if_negative((~a & b) | (~(a ^ b) & (a - b))); }
+
+// The keys of NaN, the best there is, and of -inf. (An addition gives the NaN whose bits are all ones but the sign's.)
+constexpr uint32_t kNanKey = 0xfffffffe, kLeastKey = 0x007fffff;
+
+// -0 equals 0.
+__device__ inline uint32_t score_key(float x) {
+  const uint32_t bits = __float_as_uint(x + 0.0f);
+  return min(bits ^ (if_negative(bits) | 0x80000000u), kNanKey);
+}
+
+__device__ inline float score_of_key(uint32_t key) { return __uint_as_float(key ^ (~if_negative(key) | 0x80000000u)); }
+
+// Adds to a count in shared memory, by one lane of a warp; returns what it was. (atomicAdd would look for other lanes.)
+__device__ inline uint32_t add_to(uint32_t* count, uint32_t x) {
+  uint32_t before;
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(count))), "r"(x)
+               : "memory");
+  return before;
 }
 
 constexpr int32_t kMostThreads = 512, kFewCandidates = 256, kFewChosen = kFewCandidates / 2;
 
 struct alignas(16) SelectScratch {
   uint32_t histogram[2][256];  // in turn: one is cleared while the other is read
-  uint32_t best[kMostThreads];
-  uint32_t few_keys[kFewCandidates];  // zeros beyond the candidates
+  int32_t best[kMostThreads];
+  int32_t few_keys[kFewCandidates];  // zeros beyond the candidates
   int32_t few_pages[kFewCandidates], chosen[kFewChosen];
   uint2 candidates[32];        // key, page
   uint32_t low[32], high[32];  // one a warp
@@ -41,27 +63,31 @@ __device__ inline void copy_async(uint32_t* to, const float* from) {
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// How many of `values`, a multiple of four of them and zeros beyond, are greater than x (or less): every `lanes`-th
-// group of four, from `lane` on, in batches of 16 a lane.
-template <bool kGreater, class Four, class T>
-__device__ inline int32_t count_of(const T* values, int32_t count, T x, int32_t lane, int32_t lanes) {
+// How many of `values`, none of which is negative, are greater than x (or less): every `lanes`-th group of four, from
+// `lane` on, in batches of 16 a lane; what lies beyond `count` in the last batch is not.
+template <bool kGreater>
+__device__ inline int32_t count_of(const int32_t* values, int32_t count, int32_t x, int32_t lane, int32_t lanes) {
   constexpr int kBatch = 4;
-  int32_t found = 0;
+  uint32_t found = 0;
+  // The sign of the difference, which wraps nowhere.
+  const auto is = [&](uint32_t other) { return (kGreater ? x - other : other - x) >> 31; };
 #pragma unroll 1
   for (int32_t first = lane; 4 * first < count; first += kBatch * lanes) {
-    Four batch[kBatch];
+    int4 batch[kBatch];
 #pragma unroll
-    for (int u = 0; u < kBatch; ++u) batch[u] = reinterpret_cast<const Four*>(values)[first + u * lanes];
+    for (int u = 0; u < kBatch; ++u) batch[u] = reinterpret_cast<const int4*>(values)[first + u * lanes];
 #pragma unroll
-    for (const Four& others : batch) {
-      if constexpr (kGreater) {
-        found += (others.x > x) + (others.y > x) + (others.z > x) + (others.w > x);
-      } else {
-        found += (others.x < x) + (others.y < x) + (others.z < x) + (others.w < x);
-      }
-    }
+    for (const int4& others : batch) found += (is(others.x) + is(others.y)) + (is(others.z) + is(others.w));
   }
   return found;
+}
+
+constexpr int kKeyBatch = 8;
+
+// Words of shared memory for the keys of so many pages.
+__host__ __device__ constexpr int64_t key_words(int64_t pages, int32_t threads) {
+  const int64_t batch = kKeyBatch * threads;
+  return (pages + batch - 1) / batch * batch;
 }
 
 // The scores of pages [0, n) as keys: kept in shared memory, or made again in each pass where they are too many.
@@ -70,49 +96,63 @@ struct SelectKeys {
   static constexpr int kAtOnce = 4;  // a lane's consecutive pages
 
   const float* scores;
-  uint32_t* staged;  // room for n, rounded up to a multiple of kAtOnce
+  uint32_t* staged;  // room for key_words(n)
   int32_t n;
 
   __device__ uint32_t make(int32_t i) const { return i < n ? score_key(scores[i]) : 0; }
 
-  // Of a page below n, after stage(): one of this thread's own at once, others after the next __syncthreads().
-  __device__ uint32_t at(int32_t i) const { return kStaged ? staged[i] : score_key(scores[i]); }
-
-  // Calls f(page, j, key) for this thread's pages: the j-th is threadIdx.x + j * blockDim.x. Keys are asked for in
-  // batches, since a loop waits for each; beyond n they are 0, which no score has.
+  // Calls f(page, j, keys) for this thread's pages, a batch at a time: the j-th is threadIdx.x + j * blockDim.x. (A
+  // loop that asked for one key would wait for it.) Keys beyond n are 0, which no score has.
+  template <class F>
+  __device__ void for_batches(F f) const {
+#pragma unroll 1
+    for (int32_t first = threadIdx.x, j = 0; first < n; first += kKeyBatch * blockDim.x, j += kKeyBatch) {
+      uint32_t batch[kKeyBatch];
+#pragma unroll
+      for (int u = 0; u < kKeyBatch; ++u) {
+        const int32_t i = first + u * blockDim.x;
+        batch[u] = kStaged ? staged[i] : make(i);
+      }
+      f(first, j, batch);
+    }
+  }
+  // The same, for f(page, j, key).
   template <class F>
   __device__ void for_own(F f) const {
-    constexpr int kBatch = 8;
-#pragma unroll 1
-    for (int32_t first = threadIdx.x, j = 0; first < n; first += kBatch * blockDim.x, j += kBatch) {
-      uint32_t batch[kBatch];
+    for_batches([&](int32_t first, int32_t j, const uint32_t (&batch)[kKeyBatch]) {
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const int32_t i = first + u * blockDim.x;
-        batch[u] = i < n ? at(i) : 0;
-      }
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
+      for (int u = 0; u < kKeyBatch; ++u) {
         f(first + u * blockDim.x, j + u, batch[u]);
+      }
+    });
+  }
+
+  // Asks for this thread's scores: all are on their way at once.
+  __device__ void ask() const {
+#pragma unroll 1
+    for (int32_t first = threadIdx.x; kStaged && first < n; first += kKeyBatch * blockDim.x) {
+#pragma unroll
+      for (int u = 0; u < kKeyBatch; ++u) {
+        const int32_t i = first + u * blockDim.x;
+        copy_async(staged + i, scores + min(i, n - 1));
       }
     }
   }
 
-  // Makes the keys of this thread's pages; returns the best of them.
+  // After ask(): makes the keys of this thread's pages, for others after the next __syncthreads(). Returns the best.
   __device__ uint32_t stage() const {
     uint32_t best = 0;
-    if constexpr (kStaged) {
-      // The one long wait: all scores are on their way at once.
-#pragma unroll 4
-      for (int32_t i = threadIdx.x; i < n; i += blockDim.x) copy_async(staged + i, scores + i);
-      wait_for_copies();
-    }
-    for_own([&](int32_t i, int32_t, uint32_t key) {
-      if constexpr (kStaged) {
-        key = i < n ? score_key(__uint_as_float(key)) : 0;
-        if (i < n) staged[i] = key;
+    if constexpr (kStaged) wait_for_copies();
+    for_batches([&](int32_t first, int32_t, uint32_t (&batch)[kKeyBatch]) {
+#pragma unroll
+      for (int u = 0; u < kKeyBatch; ++u) {
+        if constexpr (kStaged) {
+          const int32_t i = first + u * blockDim.x;
+          batch[u] = score_key(__uint_as_float(batch[u])) & if_negative(i - n);
+          staged[i] = batch[u];
+        }
+        best = max(best, batch[u]);
       }
-      best = max(best, key);
     });
     return best;
   }
@@ -123,35 +163,48 @@ struct SelectKeys {
   }
 };
 
+// What select_few begins with; complete after the next __syncthreads().
+__device__ inline void prepare_few(SelectScratch& s) {
+  for (int32_t i = threadIdx.x; i < kFewCandidates; i += blockDim.x) s.few_keys[i] = 0;
+  for (int32_t i = threadIdx.x; i < kFewChosen; i += blockDim.x) s.chosen[i] = INT32_MAX;
+  if (threadIdx.x == 0) s.num_candidates = s.num_chosen = 0, s.last_key = kNanKey, s.last_page = INT32_MAX;
+}
+
 // Writes the `k` best pages of [0, n), 0 < k < n, as first_page + page, ascending, where `k` is at most 16 a warp and
-// kFewChosen, and n at most 64 a thread; complete after the next __syncthreads(). `best`: what keys.stage() returned.
+// kFewChosen, and n at most 32 a thread; complete after the next __syncthreads(). `best`: what keys.stage() returned.
 // Each warp finds a key that its share of the k reaches, one page a lane: so at least k pages reach the least of those
 // keys, and seldom many more. They are ranked by comparing all with all. False, and nothing was written, where they are
-// too many or where equals would have to be told apart.
+// too many or where equals would have to be told apart. Keys are compared without their last bit, as numbers that are
+// not negative: those that are the same without it are equals here.
 template <bool kStaged>
 __device__ bool select_few(SelectScratch& s, const SelectKeys<kStaged>& keys, uint32_t best, int32_t k,
                            int32_t first_page, int32_t* out) {
-  const int32_t n = keys.n, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int32_t share = ceil_div(k, warps);
-  s.best[threadIdx.x] = best;
+  const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;  // a power of two
+  const int32_t share = (k + warps - 1) >> (31 - __clz(warps)), own = best >> 1;
+  s.best[threadIdx.x] = own;
   __syncwarp();
-  const int32_t better_lanes = count_of<true, uint4>(s.best + 32 * warp, 32, best, 0, 1);
-  const uint32_t reached = __reduce_min_sync(~0u, better_lanes < share ? best : ~0u);
+  const int32_t better_lanes = count_of<true>(s.best + 32 * warp, 32, own, 0, 1);
+  const uint32_t reached = __reduce_min_sync(~0u, better_lanes < share ? own : INT32_MAX);
   if (lane == 0) s.low[warp] = reached;
-  for (int32_t i = threadIdx.x; i < kFewCandidates; i += blockDim.x) s.few_keys[i] = 0;
-  for (int32_t i = threadIdx.x; i < kFewChosen; i += blockDim.x) s.chosen[i] = INT32_MAX;
-  if (threadIdx.x == 0) s.num_candidates = s.num_chosen = 0, s.last_key = ~0u, s.last_page = INT32_MAX;
   __syncthreads();
-  const uint32_t least = __reduce_min_sync(~0u, lane < warps ? s.low[lane] : ~0u);
+  const uint32_t least = max(1u, __reduce_min_sync(~0u, lane < warps ? s.low[lane] : ~0u));
 
-  uint64_t mine = 0;  // bit j: this thread's j-th page
-  keys.for_own([&](int32_t, int32_t j, uint32_t key) { mine |= static_cast<uint64_t>(key >= max(least, 1)) << j; });
-  if (mine != 0) {
-    int32_t at = atomicAdd(&s.num_candidates, __popcll(mine));
+  uint32_t mine = 0;  // bit j: this thread's j-th page
+  keys.for_batches([&](int32_t, int32_t j, const uint32_t (&batch)[kKeyBatch]) {
+    uint32_t misses = 0;
+#pragma unroll
+    for (int u = 0; u < kKeyBatch; ++u) misses |= ((batch[u] >> 1) - least) >> 31 << u;
+    mine |= (~misses & ((1u << kKeyBatch) - 1)) << j;
+  });
+  // Every lane that has a page left adds one, all at once.
+  const uint32_t below = (1u << lane) - 1, of_warp = __reduce_add_sync(~0u, __popc(mine));
+  int32_t end = lane == 0 ? add_to(&s.num_candidates, of_warp) : 0;
+  end = __shfl_sync(~0u, end, 0);
 #pragma unroll 1
-    for (; mine != 0 && at < kFewCandidates; mine &= mine - 1, ++at) {
-      const int32_t i = threadIdx.x + (__ffsll(mine) - 1) * blockDim.x;
-      s.few_keys[at] = keys.at(i), s.few_pages[at] = i;
+  for (uint32_t lanes; (lanes = __ballot_sync(~0u, mine != 0)) != 0; mine &= mine - 1, end += __popc(lanes)) {
+    const int32_t at = end + __popc(lanes & below), i = threadIdx.x + (__ffs(mine) - 1) * blockDim.x;
+    if (mine != 0 && at < kFewCandidates) {
+      s.few_keys[at] = (kStaged ? keys.staged[i] : keys.make(i)) >> 1, s.few_pages[at] = i;
     }
   }
   __syncthreads();
@@ -161,15 +214,19 @@ __device__ bool select_few(SelectScratch& s, const SelectKeys<kStaged>& keys, ui
   // Two lanes a candidate: each compares it with half of the others.
 #pragma unroll 1
   for (int32_t first = 0; first < count; first += blockDim.x / 2) {
-    const int32_t i = first + static_cast<int32_t>(threadIdx.x) / 2;
-    const uint32_t key = i < count ? s.few_keys[i] : ~0u;
-    int32_t better = count_of<true, uint4>(s.few_keys, count, key, threadIdx.x % 2, 2);
+    const int32_t i = first + static_cast<int32_t>(threadIdx.x) / 2, key = s.few_keys[min(i, kFewCandidates - 1)];
+    int32_t better = count_of<true>(s.few_keys, count, key, threadIdx.x % 2, 2);
     better += __shfl_xor_sync(~0u, better, 1);
-    if (threadIdx.x % 2 == 0 && i < count && better < k) {
-      const uint32_t slot = atomicAdd(&s.num_chosen, 1);
-      if (slot < k) s.chosen[slot] = s.few_pages[i];
-      atomicMin(&s.last_key, key);
+    const bool is_chosen = threadIdx.x % 2 == 0 && i < count && better < k;
+    const uint32_t lanes = __ballot_sync(~0u, is_chosen);
+    const int32_t last = __reduce_min_sync(~0u, is_chosen ? key : INT32_MAX);
+    int32_t slot = 0;
+    if (lane == 0) {
+      slot = add_to(&s.num_chosen, __popc(lanes));
+      if (lanes != 0) atomicMin(&s.last_key, 2u * last);
     }
+    slot = __shfl_sync(~0u, slot, 0) + __popc(lanes & below);
+    if (is_chosen && slot < k) s.chosen[slot] = s.few_pages[i];
   }
   __syncthreads();
   if (s.num_chosen != k) return false;
@@ -177,7 +234,7 @@ __device__ bool select_few(SelectScratch& s, const SelectKeys<kStaged>& keys, ui
 #pragma unroll 1
   for (int32_t first = 0; first < k; first += blockDim.x / 4) {
     const int32_t i = first + static_cast<int32_t>(threadIdx.x) / 4, page = i < k ? s.chosen[i] : 0;
-    int32_t before = count_of<false, int4>(s.chosen, k, page, threadIdx.x % 4, 4);
+    int32_t before = count_of<false>(s.chosen, k, page, threadIdx.x % 4, 4);
     before += __shfl_xor_sync(~0u, before, 1);
     before += __shfl_xor_sync(~0u, before, 2);
     if (threadIdx.x % 4 == 0 && i < k) out[before] = first_page + page;
@@ -347,37 +404,47 @@ template <bool kStaged>
 __device__ void weigh_unread(SelectScratch& s, const SelectKeys<kStaged>& keys, float softcap) {
   const uint32_t last_key = s.last_key;
   const int32_t last_page = s.last_page;
-  const auto unread = [&](int32_t i, uint32_t key) {
-    return (key != 0) & ((key < last_key) | ((key == last_key) & (i > last_page)));
-  };
-  uint32_t most = 0;
-  keys.for_own([&](int32_t i, int32_t, uint32_t key) { most = max(most, unread(i, key) ? key : 0); });
-  most = __reduce_max_sync(~0u, most);
-  const float base = finite_base(log2_weight(score_of_key(most), softcap));
-  float sum = 0;
+  uint32_t most = kLeastKey;  // which weighs nothing
+  float sum = 0;              // relative to the weight of `most`
+  const auto relative_to = [&](uint32_t key) { return log2_weight(score_of_key(key), softcap); };
   // Without branches, so that the pages of a batch are weighed at once.
   const auto add = [&](auto capped) {
-    keys.for_own([&](int32_t i, int32_t, uint32_t key) {
-      const float weight = exp2_approx(log2_weight(score_of_key(key), capped ? softcap : 0) - base);
-      sum += unread(i, key) ? weight : 0;
+    keys.for_batches([&](int32_t first, int32_t, uint32_t (&batch)[kKeyBatch]) {
+      const float before = relative_to(most);
+#pragma unroll
+      for (int u = 0; u < kKeyBatch; ++u) {
+        const uint32_t is_later = (last_page - (first + u * blockDim.x)) >> 31;
+        batch[u] = max(batch[u] & if_less(batch[u], last_key + is_later), kLeastKey);
+        most = max(most, batch[u]);
+      }
+      const float base = finite_base(relative_to(most));
+      sum *= exp2_approx(before - base);
+#pragma unroll
+      for (const uint32_t key : batch) {
+        sum += exp2_approx(log2_weight(score_of_key(key), capped ? softcap : 0) - base);
+      }
     });
   };
   softcap > 0 ? add(std::true_type()) : add(std::false_type());
+  const float base = finite_base(relative_to(__reduce_max_sync(~0u, most)));
+  sum *= exp2_approx(relative_to(most) - base);
 #pragma unroll
   for (int32_t step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-  if (threadIdx.x % 32 == 0) s.unread[threadIdx.x / 32] = base + log2f(sum);
+  if (threadIdx.x % 32 == 0) s.unread[threadIdx.x / 32] = base + __log2f(sum);
 }
 
-// log2 of the sum of all warps over all tokens: such pages are full.
+// log2 of the sum of all warps, at most eight, over all tokens: such pages are full. By whole warps, a lane for each.
 __device__ inline float log2_unread(const SelectScratch& s, PageSize page_size) {
-  const int32_t warps = blockDim.x / 32;
-  float most = -INFINITY, sum = 0;
-#pragma unroll 4
-  for (int32_t warp = 0; warp < warps; ++warp) most = max_nan(most, s.unread[warp]);
+  const int32_t lane = threadIdx.x % 8;
+  const float mine = lane < blockDim.x / 32 ? s.unread[lane] : -INFINITY;
+  float most = mine;
+#pragma unroll
+  for (int32_t step = 1; step < 8; step *= 2) most = max_nan(most, __shfl_xor_sync(~0u, most, step));
   const float base = finite_base(most);
-#pragma unroll 4
-  for (int32_t warp = 0; warp < warps; ++warp) sum += exp2f(s.unread[warp] - base);
-  return base + log2f(sum) + page_size.shift;
+  float sum = exp2_approx(mine - base);
+#pragma unroll
+  for (int32_t step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  return base + __log2f(sum) + page_size.shift;
 }
 
 // The pages that one KV head of sequence b reads, into `out`. The sequence has more pages than p.capacity. `staged`:
@@ -393,15 +460,17 @@ __device__ SelectKeys<kStaged> select_pages_of(SelectScratch& s, const SelectPag
   const int32_t protect = max(p.protected_lens ? p.protected_lens[b] : 0, static_cast<int32_t>(p.sink));
   const int32_t room = capacity - (pages - recent);
   const int32_t head = min(min(recent, room), min(pages, page_size.page(protect) + (page_size.slot(protect) != 0)));
-  for (int32_t i = threadIdx.x; i < head; i += blockDim.x) out[i] = i;
-  for (int32_t i = threadIdx.x; i < pages - recent; i += blockDim.x) out[room + i] = recent + i;
   const int32_t k = room - head;
   const SelectKeys<kStaged> keys{p.scores + b * p.stride_b + h * p.stride_h + head, staged, recent - head};
+  if (k > 0 || keep_rest) keys.ask();
+  prepare_few(s);
+  for (int32_t i = threadIdx.x; i < head; i += blockDim.x) out[i] = i;
+  for (int32_t i = threadIdx.x; i < pages - recent; i += blockDim.x) out[room + i] = recent + i;
   if (k > 0 || keep_rest) {
     const uint32_t best = keys.stage();
     if (k == 0) {
-      if (threadIdx.x == 0) s.last_key = ~0u, s.last_page = -1;  // nothing is chosen: all come after it
-    } else if (k > min(kFewChosen, static_cast<int32_t>(blockDim.x / 2)) || keys.n > 64 * blockDim.x ||
+      if (threadIdx.x == 0) s.last_key = kNanKey, s.last_page = -1;  // nothing is chosen: all come after it
+    } else if (k > min(kFewChosen, static_cast<int32_t>(blockDim.x / 2)) || keys.n > 32 * blockDim.x ||
                !select_few(s, keys, best, k, head, out + head)) {
       select_many(s, keys, k, head, out + head);
     }

@@ -29,62 +29,67 @@ constexpr int kLongTiles = 32;  // a split of a list so long that it takes more
 
 // Where the two halves of a tile lie, 8 tokens each (a page has at least 8), and which of the 16 take part.
 struct TilePlace {
-  int64_t k[2], v[2];            // elements from the buffers' start to the half's first row
+  int64_t k[2], v[2];            // elements from the head's first row of page 0 to the half's first row
   uint32_t tokens;               // bit t: token t
   float k_scale[2], v_scale[2];  // float8 only
 
   __device__ bool valid(int half, int32_t t) const { return tokens >> (8 * half + t) & 1; }
 };
 
-// One (sequence, KV head): its list of pages, and the tiles it makes.
+// One (sequence, KV head): its list of pages, and the tiles it makes. kOwn: the list was made here, in shared memory,
+// of pages that there are.
+template <bool kOwn>
 struct PageList {
-  const int32_t* pages;                  // null: every page in order
-  int32_t b, h, entries, length, start;  // tokens [start, length) may be read
+  const int32_t* pages;            // null, unless kOwn: every page in order
+  const int32_t* table;            // the head's row of the page table
+  int32_t entries, length, start;  // tokens [start, length) may be read
 
   __device__ int32_t tiles(PageSize page_size) const {
     return static_cast<int32_t>(((static_cast<int64_t>(entries) << page_size.shift) + kTile - 1) / kTile);
   }
 
-  // Half a tile: `slot` is its first token in the page that the list's entry names. kScaled: the page's scales as well.
-  template <bool kScaled>
-  __device__ void place_half(const SparseDecodeParams& p, PageSize page_size, int half, int32_t page, int32_t physical,
-                             int32_t slot, TilePlace& place) const {
-    if (physical < 0) return;
-    const auto offset = [&](const PagedBuffer& buffer) {
-      return physical * buffer.stride_page + h * buffer.stride_head + slot * buffer.stride_token;
-    };
-    const int32_t position = page_size.first(page) + slot;
+  // The tokens of the half at `position` that take part, a bit each.
+  __device__ uint32_t tokens_at(int32_t position) const {
     const int32_t low = min(8, max(0, start - position)), high = max(0, min(8, length - position));
-    if (high <= low) return;  // not even the page's scales may be looked at
-    place.k[half] = offset(p.cache.k);
-    place.v[half] = offset(p.cache.v);
-    if constexpr (kScaled) {
-      place.k_scale[half] = p.cache.k_scale.at(physical, h);
-      place.v_scale[half] = p.cache.v_scale.at(physical, h);
-    }
-    place.tokens |= (((1u << high) - 1) & ~((1u << low) - 1)) << (8 * half);
+    return ((1u << high) - 1) & ~((1u << low) - 1);
   }
 
+  // kScaled: the pages' scales as well. Of a half of which no token takes part not even these may be looked at.
   template <bool kScaled>
-  __device__ TilePlace place(const SparseDecodeParams& p, PageSize page_size, int32_t tile, Finding& finding) const {
+  __device__ TilePlace place(const SparseDecodeParams& p, PageSize page_size, int32_t h, int32_t tile,
+                             Finding& finding) const {
     TilePlace place{};
-    const auto look_up = [&](int32_t entry, int32_t& page) {
-      if (entry >= entries) return -1;
-      page = pages ? pages[entry] : entry;
-      const int32_t most = page_size.pages(length) - 1;
-      finding.note(page < -1 || page > most, Wrong::kPages, page, most);
-      return page < 0 || page > most ? -1 : checked_page(finding, p.table, b, h, page, p.cache.num_pages);
+    const auto place_half = [&](int half, int32_t entry, int32_t slot) {
+      if (entry >= entries) return;
+      const int32_t page = kOwn || pages ? pages[entry] : entry;
+      if constexpr (!kOwn) {
+        const int32_t most = page_size.pages(length) - 1;
+        finding.note(page < -1 || page > most, Wrong::kPages, page, most);
+        if (page < 0 || page > most) return;
+      }
+      const int32_t physical = checked_entry(finding, table[page], p.cache.num_pages);
+      const int32_t position = page_size.first(page) + slot;
+      if (physical < 0) return;
+      place.k[half] = physical * p.cache.k.stride_page + slot * p.cache.k.stride_token;
+      place.v[half] = physical * p.cache.v.stride_page + slot * p.cache.v.stride_token;
+      place.tokens |= tokens_at(position) << (8 * half);
+      if (half == 0 && page_size.shift > 3) {  // both in one page
+        place.k[1] = place.k[0] + 8 * p.cache.k.stride_token;
+        place.v[1] = place.v[0] + 8 * p.cache.v.stride_token;
+        place.tokens |= tokens_at(position + 8) << 8;
+      }
+      if constexpr (kScaled) {
+#pragma unroll
+        for (int i = half; i < 2; ++i) {
+          if (!(place.tokens >> (8 * i) & 0xff)) continue;
+          place.k_scale[i] = p.cache.k_scale.at(physical, h);
+          place.v_scale[i] = p.cache.v_scale.at(physical, h);
+        }
+      }
     };
     const int32_t token = tile * kTile;  // counted along the list
-    int32_t page = -1, slot = page_size.slot(token);
-    int32_t physical = look_up(page_size.page(token), page);
-    place_half<kScaled>(p, page_size, 0, page, physical, slot, place);
-    slot += 8;
-    if (page_size.shift == 3) {
-      physical = look_up(page_size.page(token + 8), page);
-      slot = 0;
-    }
-    place_half<kScaled>(p, page_size, 1, page, physical, slot, place);
+    place_half(0, page_size.page(token), page_size.slot(token));
+    if (page_size.shift == 3) place_half(1, page_size.page(token + 8), 0);
     return place;
   }
 };
@@ -121,11 +126,11 @@ struct FmaEngine {
     }
   }
 
-  __device__ FmaEngine(const SparseDecodeParams& p, const void* shared)
+  __device__ FmaEngine(const SparseDecodeParams& p, int32_t h, const void* shared)
       : query(static_cast<const float*>(shared)),
         head_dim(static_cast<int32_t>(p.cache.head_dim)),
-        k_data(static_cast<const T*>(p.cache.k.data)),
-        v_data(static_cast<const T*>(p.cache.v.data)),
+        k_data(static_cast<const T*>(p.cache.k.data) + h * p.cache.k.stride_head),
+        v_data(static_cast<const T*>(p.cache.v.data) + h * p.cache.v.stride_head),
         k_stride(p.cache.k.stride_token),
         v_stride(p.cache.v.stride_token) {
     for (auto& head : acc) {
@@ -133,8 +138,8 @@ struct FmaEngine {
     }
   }
 
-  __device__ void load_k(const SparseDecodeParams&, const TilePlace& place) { k_place = place; }
-  __device__ void load_v(const SparseDecodeParams&, const TilePlace& place) { v_place = place; }
+  __device__ void load_k(const TilePlace& place) { k_place = place; }
+  __device__ void load_v(const TilePlace& place) { v_place = place; }
 
   __device__ float logit_scale(const SparseDecodeParams& p, const TilePlace& place, int, int i) const {
     return kScaled ? p.scale * place.k_scale[i / 2] : p.scale;
@@ -209,14 +214,13 @@ struct Unread {
 // Elements d to d + 3 of one head.
 __device__ inline void write_result(const SparseDecodeParams& p, DType dtype, int64_t head, int32_t d,
                                     const Merged& all, Unread unread) {
-  const float scale = 1 / all.sum;
+  const float scale = __fdividef(1, all.sum);
   float4 out{all.acc.x * scale, all.acc.y * scale, all.acc.z * scale, all.acc.w * scale};
   if (all.sum == 0) out = {0, 0, 0, 0};  // nothing weighs anything, not even NaN
   store_floats(out, p.out, dtype, head * p.cache.head_dim + d);
   if (d != 0) return;
-  const float lse = all.sum == 0 ? -INFINITY : all.max / kLog2E + logf(all.sum);
-  p.lse[head] = lse;
-  if (unread.loss) unread.loss[head] = lost_share(lse * kLog2E, unread.log2_sum);
+  p.lse[head] = all.sum == 0 ? -INFINITY : all.max / kLog2E + __logf(all.sum);
+  if (unread.loss) unread.loss[head] = lost_share(all.max, all.sum, unread.log2_sum);
 }
 
 // How many splits a list has. It follows from the list's tiles and from what the batch and the device give, never from
@@ -225,6 +229,8 @@ struct SplitPlan {
   int32_t warps, max_splits, head_blocks;
   int32_t cluster_splits;  // a short list takes no more: all heads' clusters of so many run at once
   int32_t parts_words;     // shared memory of the warps' results, which the keys of a selection have before
+  int32_t share;           // of a head block's elements, four at a time, that each block of a cluster merges
+  uint32_t to_block;       // which block that is: vector * to_block / 2^22
 
   // 32-bit words of shared memory for a list made here, a multiple of 16 bytes.
   __host__ __device__ static int64_t list_words(const SelectPagesParams& select) {
@@ -265,54 +271,73 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
   const int32_t warp = threadIdx.x / 32, n = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
   int32_t* const selected = reinterpret_cast<int32_t*>(reinterpret_cast<char*>(shared) + Engine::kQueryBytes);
   float* const parts = reinterpret_cast<float*>(selected + (kSelects ? plan.list_words(select) : 0));
+  // Every block of a cluster owns a share of the elements. The others send it theirs, so that nobody waits for more.
+  const int32_t heads = min(kHeads, static_cast<int32_t>(p.group) - first_head), vectors = heads * head_dim / 4;
+  __shared__ uint64_t all_sent;
+  const Inbox inbox(parts + plan.parts_words, all_sent, splits, plan.share);
   const bool in_cluster = splits > 1 && scratch == nullptr;
-  if (in_cluster) cluster_arrive();
+  if (in_cluster) {
+    if (threadIdx.x == 0) inbox.expect(split, vectors);
+    __syncwarp();
+    cluster_arrive();
+  }
   Finding finding;
   const PageSize page_size(p.cache.page_size);
-  PageList list{p.pages ? p.pages + b * p.pages_stride_b + h * p.pages_stride_h : nullptr, b, h};
+  PageList<kSelects> list{nullptr, p.table.data + p.table.index(b, h, 0)};
+  int32_t first_tile, end;
   const auto read_length = [&] {
     list.length = checked_length(finding, p.seq_lens, b, p.table.max_pages << page_size.shift);
+    list.start = p.window > 0 && p.window < list.length ? list.length - static_cast<int32_t>(p.window) : 0;
+    list.entries = page_size.pages(list.length);
   };
-  // Whoever scored has waited for what came before it. So all but its scores and the cache may be read before they are
-  // there: queries, lengths, and the page table, which will be looked up in L1.
-  if (kSelects) {
-    Engine::stage_queries(p, b, h, first_head, shared);
-    read_length();
-    constexpr int32_t kLine = 128 / sizeof(int32_t);
-#pragma unroll 1
-    for (int32_t i = threadIdx.x * kLine; i < page_size.pages(list.length); i += blockDim.x * kLine) {
-      prefetch(&p.table.data[b * p.table.stride_b + h * p.table.stride_h + i]);
-    }
-  }
-  wait_for_previous();
-  let_next_start();
-  if (!kSelects) read_length();
-  list.start = p.window > 0 && p.window < list.length ? list.length - static_cast<int32_t>(p.window) : 0;
-  list.entries = page_size.pages(list.length);
+  const auto take_split = [&] {
+    const int32_t tiles = list.tiles(page_size), per_split = ceil_div(tiles, plan.splits(tiles));
+    first_tile = split * per_split;
+    end = min(tiles, first_tile + per_split);
+  };
+  Engine engine(p, h, shared);
   __shared__ std::conditional_t<kSelects, SelectScratch, int> select_scratch;
   SelectKeys<true> left_out{};
   if constexpr (kSelects) {
+    // Whoever scored has waited for what came before it. So all but its scores and the cache may be read before they
+    // are there: queries, lengths, and the page table, which will be looked up in L1.
+    Engine::stage_queries(p, b, h, first_head, shared);
+    read_length();
+    if (in_cluster) cluster_wait();
+    constexpr int32_t kLine = 128 / sizeof(int32_t);
+#pragma unroll 1
+    for (int32_t i = threadIdx.x * kLine; i < list.entries; i += blockDim.x * kLine) prefetch(list.table + i);
+    list.pages = selected;
+    const bool selects = list.entries > select.capacity;
+    if (selects) list.entries = static_cast<int32_t>(select.capacity);
+    for (int32_t i = threadIdx.x; !selects && i < list.entries; i += blockDim.x) selected[i] = i;
+    take_split();
+    wait_for_previous();
+    let_next_start();
     // Every block of the head selects for itself: no launch more, and no list through memory.
-    if (list.entries > select.capacity) {
+    if (selects) {
       left_out = select_pages_of<true>(select_scratch, select, b, h, list.length, reinterpret_cast<uint32_t*>(parts),
                                        selected, selecting.loss);
-      list.entries = static_cast<int32_t>(select.capacity);
-      list.pages = selected;
     }
     __syncthreads();  // the list and the staged queries are complete
-  } else if (p.selected) {
-    list.entries = p.counts ? p.counts[b * p.cache.kv_heads + h] : static_cast<int32_t>(p.capacity);
-    const bool bad = list.entries < 0 || list.entries > p.capacity;
-    finding.note(bad, Wrong::kCounts, list.entries, p.capacity);
-    if (bad) list.entries = 0;
+  } else {
+    if (in_cluster) cluster_wait();
+    wait_for_previous();
+    let_next_start();
+    read_length();
+    if (p.pages) list.pages = p.pages + b * p.pages_stride_b + h * p.pages_stride_h;
+    if (p.selected) {
+      list.entries = p.counts ? p.counts[b * p.cache.kv_heads + h] : static_cast<int32_t>(p.capacity);
+      const bool bad = list.entries < 0 || list.entries > p.capacity;
+      finding.note(bad, Wrong::kCounts, list.entries, p.capacity);
+      if (bad) list.entries = 0;
+    }
+    take_split();
   }
-  const int32_t tiles = list.tiles(page_size), per_split = ceil_div(tiles, plan.splits(tiles));
-  const int32_t end = min(tiles, (split + 1) * per_split);
 
   // Each turn places a tile and asks for its keys, and computes with the tile of the turn before. So the first rows are
   // on their way while the queries are staged or what was left out is weighed, and a tile's values while its logits are
   // computed.
-  Engine engine(p, shared);
   float max[kBlocks][2], sum[kBlocks][2];
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
@@ -322,14 +347,14 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
   TilePlace place{};
   bool placed = false;
 #pragma unroll 1
-  for (int32_t tile = split * per_split + warp;; tile += warps) {
+  for (int32_t tile = first_tile + warp;; tile += warps) {
     const bool more = tile < end;
     TilePlace next{};
-    if (placed) engine.load_v(p, place);
-    if (more) next = list.place<Engine::kScaled>(p, page_size, tile, finding);
+    if (placed) engine.load_v(place);
+    if (more) next = list.template place<Engine::kScaled>(p, page_size, h, tile, finding);
     float s[kBlocks][4], decay[kBlocks][2];
     if (placed) engine.logits(s);
-    if (more) engine.load_k(p, next);
+    if (more) engine.load_k(next);
     if (placed) {
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
@@ -392,16 +417,14 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
   __syncthreads();
 
   Unread unread{selecting.loss, 0};
-  if constexpr (kSelects) {
-    if (selecting.loss) unread.log2_sum = log2_unread(select_scratch, page_size);
-  }
-  const int32_t heads = min(kHeads, static_cast<int32_t>(p.group) - first_head), vectors = heads * head_dim / 4;
+  const auto sum_unread = [&] {
+    if constexpr (kSelects) {
+      if (selecting.loss) unread.log2_sum = log2_unread(select_scratch, page_size);
+    }
+  };
+  if (!in_cluster) sum_unread();
   const int64_t first_row = (b * p.cache.kv_heads + h) * p.group + first_head;
-  // Every block of a cluster owns a share of the elements. The others send it theirs, so that after one barrier all is
-  // at hand and nobody needs another's memory any more. (An inbox kept from here on would cost registers.)
-  const auto inbox = [&] { return Inbox(parts + plan.parts_words, splits, ceil_div(vectors, splits)); };
   const int64_t head_block = static_cast<int64_t>(b) * gridDim.y + blockIdx.y;
-  if (in_cluster) cluster_wait();
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
     const int32_t g = 4 * i / head_dim, d = 4 * i - g * head_dim;
@@ -416,24 +439,22 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
       of_split.four(split, g, d) = all.acc;
       if (d == 0) of_split.max[split * kHeads + g] = all.max, of_split.sum[split * kHeads + g] = all.sum;
     } else {
-      inbox().send(split, i, all);
+      inbox.send(split, i, i * plan.to_block >> 22, all);
     }
   }
   if (kSelects && scratch && split == 0 && threadIdx.x == 0) {
     scratch[gridDim.z * gridDim.y * Partials::size(splits, kHeads, head_dim) + head_block] = unread.log2_sum;
   }
   if (!in_cluster) return;
-  __syncwarp();
-  cluster_arrive_release();
-  cluster_wait();
-  const Inbox mine = inbox();
+  sum_unread();  // while the others' parts are on their way
+  remote_wait(all_sent);
 #pragma unroll 1
-  for (int32_t t = threadIdx.x; t < min(mine.share, vectors - split * mine.share); t += blockDim.x) {
-    const int32_t i = split * mine.share + t, g = 4 * i / head_dim;
-    const auto from = [&](int32_t s) { return s * mine.share + t; };
+  for (int32_t t = threadIdx.x; t < inbox.share_of(split, vectors); t += blockDim.x) {
+    const int32_t i = split * inbox.share + t, g = 4 * i / head_dim;
+    const auto from = [&](int32_t s) { return s * inbox.share + t; };
     const Merged all = merge(
-        splits, [&](int32_t s) { return mine.max_and_sum[from(s)].x; },
-        [&](int32_t s) { return mine.max_and_sum[from(s)].y; }, [&](int32_t s) { return mine.acc[from(s)]; });
+        splits, [&](int32_t s) { return inbox.max_and_sum[from(s)].x; },
+        [&](int32_t s) { return inbox.max_and_sum[from(s)].y; }, [&](int32_t s) { return inbox.acc[from(s)]; });
     write_result(p, Engine::out_dtype(p), first_row + g, 4 * i - g * head_dim, all, unread);
   }
 }
@@ -475,9 +496,6 @@ __global__ void __launch_bounds__(32 * kMergeWarps, 2)
   write_result(p, p.q_dtype, (b * p.cache.kv_heads + h) * p.group + first_head + g, 4 * i, all, unread);
 }
 
-// Words that the keys of a selection take in shared memory.
-inline size_t select_key_words(const SelectPagesParams& select) { return (select.max_pages + 3) / 4 * 4; }
-
 template <class Engine>
 void launch_sparse_decode(const SparseDecodeParams& p, const Selecting& selecting, const Launch& launch,
                           const Tensor& on) {
@@ -504,9 +522,12 @@ void launch_sparse_decode(const SparseDecodeParams& p, const Selecting& selectin
 
   const bool cluster = splits > 1 && splits <= kMaxCluster && has_clusters && fit(splits);
   const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim);
-  plan.parts_words = static_cast<int32_t>(std::max<size_t>(Partials::size(plan.warps, Engine::kHeads, head_dim),
-                                                           select.scores ? select_key_words(select) : 0));
-  const size_t inbox = cluster ? Inbox::size(splits, Engine::kHeads, head_dim) : 0;
+  plan.parts_words = static_cast<int32_t>(std::max(Partials::size(plan.warps, Engine::kHeads, head_dim),
+                                                   select.scores ? key_words(select.max_pages, 32 * plan.warps) : 0));
+  const int32_t vectors = static_cast<int32_t>(std::min<int64_t>(p.group, Engine::kHeads)) * head_dim / 4;
+  plan.share = (vectors + splits - 1) / splits;
+  plan.to_block = ((1 << 22) + plan.share - 1) / plan.share;
+  const size_t inbox = cluster ? Inbox::size(splits, plan.share) : 0;
   const size_t list = select.scores ? plan.list_words(select) : 0;
   const size_t shared = Engine::kQueryBytes + (list + plan.parts_words + inbox) * sizeof(float);
   const dim3 grid(splits, p.cache.kv_heads * plan.head_blocks, p.batch);

@@ -32,10 +32,12 @@ struct MmaEngine {
   static constexpr size_t kQueryBytes = kStagedBytes + (kScaled ? kHeads * sizeof(float) : 0);
   static_assert(kRest == 0 || kRest == 1 || kRest == 2);
 
-  const uint4* query;       // [Blocks][kChunks][32 lanes], as mma_chunk takes them
-  const uint2* query_tail;  // [Blocks][32 lanes]
-  const float* factors;     // [kHeads]: what the staged queries were divided by
-  float unit = 0;           // of acc: the largest scale of values so far
+  const uint4* query;        // [Blocks][kChunks][32 lanes], as mma_chunk takes them
+  const uint2* query_tail;   // [Blocks][32 lanes]
+  const float* factors;      // [kHeads]: what the staged queries were divided by
+  float unit = 0;            // of acc: the largest scale of values so far
+  const T *k_data, *v_data;  // rows n and 2c of page 0, where this lane's first elements are
+  int64_t v_stride;
   Eight k[2][kChunks];
   Four k_tail[2][kTail + 1];
   Eight v[4][kWide];
@@ -98,7 +100,13 @@ struct MmaEngine {
     }
   }
 
-  __device__ MmaEngine(const SparseDecodeParams&, void* shared) : factors(factors_in(shared)) {
+  __device__ MmaEngine(const SparseDecodeParams& p, int32_t h, void* shared) : factors(factors_in(shared)) {
+    const int32_t n = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+    const auto row = [&](const PagedBuffer& buffer, int32_t token) {
+      return static_cast<const T*>(buffer.data) + h * buffer.stride_head + token * buffer.stride_token;
+    };
+    k_data = row(p.cache.k, n) + 8 * c, v_data = row(p.cache.v, 2 * c) + 8 * n, v_stride = p.cache.v.stride_token;
+    if constexpr (kBlocksPerSm == 1) keep(k_data), keep(v_data);  // else registers are few
     query = static_cast<const uint4*>(shared) + threadIdx.x % 32;
     query_tail =
         reinterpret_cast<const uint2*>(static_cast<const uint4*>(shared) + Blocks * kChunks * 32) + threadIdx.x % 32;
@@ -107,18 +115,19 @@ struct MmaEngine {
     }
   }
 
-  __device__ void load_k(const SparseDecodeParams& p, const TilePlace& place) {
+  __device__ void load_k(const TilePlace& place) {
     const int32_t n = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const bool valid = place.valid(half, n);
-      const T* const row = static_cast<const T*>(p.cache.k.data) + place.k[half] + n * p.cache.k.stride_token;
+      const T* row = k_data + place.k[half];
+      keep(row);
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
-        k[half][j] = valid ? load_once(reinterpret_cast<const Eight*>(row + 32 * j + 8 * c)) : Eight{};
+        k[half][j] = valid ? load_once(reinterpret_cast<const Eight*>(row + 32 * j)) : Eight{};
       }
       if constexpr (kTail) {
-        k_tail[half][0] = valid ? load_once(reinterpret_cast<const Four*>(row + 32 * kChunks + 4 * c)) : Four{};
+        k_tail[half][0] = valid ? load_once(reinterpret_cast<const Four*>(row + 32 * kChunks - 4 * c)) : Four{};
       }
     }
   }
@@ -146,22 +155,23 @@ struct MmaEngine {
   }
 
   // Rows that are not read are zeros here: a weight of 0 times whatever lies there must stay 0.
-  __device__ void load_v(const SparseDecodeParams& p, const TilePlace& place) {
+  __device__ void load_v(const TilePlace& place) {
     const int32_t n = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll
     for (int t = 0; t < 4; ++t) {  // tokens 2c, 2c + 1 of each half
       const int32_t half = t / 2, token = 2 * c + t % 2;
       const bool valid = place.valid(half, token);
-      const T* const row = static_cast<const T*>(p.cache.v.data) + place.v[half] + token * p.cache.v.stride_token;
+      const T* row = v_data + (place.v[half] + t % 2 * v_stride);
+      keep(row);
 #pragma unroll
       for (int j = 0; j < kWide; ++j) {
-        v[t][j] = valid ? load_once(reinterpret_cast<const Eight*>(row + 64 * j + 8 * n)) : Eight{};
+        v[t][j] = valid ? load_once(reinterpret_cast<const Eight*>(row + 64 * j)) : Eight{};
       }
       if constexpr (kRest == 1) {
-        v_two[t] = valid ? load_once(reinterpret_cast<const Two*>(row + 64 * kWide + 2 * n)) : Two{};
+        v_two[t] = valid ? load_once(reinterpret_cast<const Two*>(row + 64 * kWide - 6 * n)) : Two{};
       }
       if constexpr (kRest == 2) {
-        v_four[t] = valid ? load_once(reinterpret_cast<const Four*>(row + 64 * kWide + 4 * n)) : Four{};
+        v_four[t] = valid ? load_once(reinterpret_cast<const Four*>(row + 64 * kWide - 4 * n)) : Four{};
       }
     }
   }
