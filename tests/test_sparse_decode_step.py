@@ -315,6 +315,16 @@ def test_the_loss_beside_a_page_whose_bound_is_far_off(device):
     check(arguments, 32)
 
 
+def test_the_loss_is_not_known_where_all_that_is_read_is_nan(device):
+    """Nothing read has a finite logit, and what is unread weighs something: that is no loss of 1."""
+    arguments = step_arguments(paged(device, [33, 40]), 2)
+    arguments[1][0] = torch.nan  # the newest key, alone in its page
+    loss = empty_loss(arguments[0]).zero_()
+    lil_ops.sparse_decode_step(*copies(arguments), 16, loss=loss)
+    assert loss[0].isnan().all() and loss[1].isfinite().all()
+    check(arguments, 16)
+
+
 def test_a_graph_stays_right_while_lengths_grow(device):
     if device == "cpu":
         pytest.skip("CUDA graphs")

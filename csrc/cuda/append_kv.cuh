@@ -98,7 +98,7 @@ __device__ void append_token(const AppendKvParams& p, int32_t row, int32_t b, in
   using Vector = typename AppendVector<T, S>::type;
   constexpr int kElements = AppendVector<T, S>::kElements;
   const PageSize page_size(p.cache.page_size);
-  // The new row comes to L1 while the length and the page are looked up.
+  // The new rows, or what is looked at first of long ones, come to L1 while the length and the page are looked up.
   const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim), element = threadIdx.x % 32 * kElements;
   if (element < head_dim) {
     const auto prefetch_row = [&](const void* data, int64_t stride_token, int64_t stride_head) {

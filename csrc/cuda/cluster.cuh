@@ -6,12 +6,12 @@
 
 #include <cstdint>
 
-#include "cuda/bulk_copy.cuh"
+#include "cuda/mbarrier.cuh"
 
 namespace lil::cuda {
 
 // The first half of a cluster's barrier tells the others that this block runs: before that its memory must not be
-// touched. The second half comes much later, when they surely do.
+// touched. The second half comes later, when they surely do.
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -39,7 +39,7 @@ __device__ inline void remote_store(V* here, int32_t rank, V value) {
 // What comes by remote_send, once, and can be waited for without a barrier of all. (Whoever releases the cluster's
 // waits until all is done that he has asked of memory, elsewhere too.) remote_expect: by one thread, before
 // cluster_arrive().
-__device__ inline void remote_expect(uint64_t& barrier, int32_t bytes) {
+__device__ inline void remote_expect(Barrier& barrier, int32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   barrier_init(barrier, 1);
   barriers_are_ready();
@@ -49,7 +49,7 @@ __device__ inline void remote_expect(uint64_t& barrier, int32_t bytes) {
 
 // As remote_store; counted by that block's `barrier`.
 template <class V>
-__device__ inline void remote_send(V* here, int32_t rank, V value, uint64_t& barrier) {
+__device__ inline void remote_send(V* here, int32_t rank, V value, Barrier& barrier) {
 #if __CUDA_ARCH__ >= 900
   const auto there = [&](const void* p) {
     uint32_t address;
@@ -71,9 +71,16 @@ __device__ inline void remote_send(V* here, int32_t rank, V value, uint64_t& bar
 }
 
 // Until all that was expected is there. Then nobody needs this block's memory any more.
-__device__ inline void remote_wait(uint64_t& barrier) {
+// (As barrier_wait, and what other blocks have written is seen.)
+__device__ inline void remote_wait(Barrier& barrier) {
 #if __CUDA_ARCH__ >= 900
-  barrier_wait(barrier, 0);
+  asm volatile(
+      "{\n"
+      ".reg .pred over;\n"
+      "AGAIN: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%0], 0;\n"
+      "@!over bra AGAIN;\n"
+      "}" ::"r"(shared_address(&barrier))
+      : "memory");
 #endif
 }
 

@@ -16,9 +16,7 @@ __device__ inline float finite_base(float log2_weight) { return isfinite(log2_we
 
 // Share of what was not read in the sum of both; what weighs nothing is no loss. What was read: `sum` times 2^`max`.
 __device__ inline float lost_share(float max, float sum, float log2_unread) {
-  if (log2_unread == -INFINITY) return 0;
-  const float unread = exp2_approx(log2_unread - max);
-  return unread > 1e30f ? 1 : __fdividef(unread, sum + unread);  // which takes no larger divisors
+  return log2_unread == -INFINITY ? 0 : __fdividef(1, 1 + sum * exp2_approx(max - log2_unread));
 }
 
 }  // namespace lil::cuda

@@ -77,10 +77,10 @@ struct Partials {
 struct Inbox {
   float4* acc;          // [splits][share]
   float2* max_and_sum;  // [splits][share]
-  uint64_t& barrier;    // all of it is there
+  Barrier& barrier;     // all of it is there
   int32_t splits, share;
 
-  __device__ Inbox(float* data, uint64_t& barrier, int32_t splits, int32_t share)
+  __device__ Inbox(float* data, Barrier& barrier, int32_t splits, int32_t share)
       : acc(reinterpret_cast<float4*>(data)),
         max_and_sum(reinterpret_cast<float2*>(acc + splits * share)),
         barrier(barrier),
@@ -92,7 +92,7 @@ struct Inbox {
   __device__ int32_t share_of(int32_t to, int32_t vectors) const {
     return ::max(0, ::min(share, vectors - to * share));
   }
-  // Before the first cluster_arrive(), by one thread.
+  // Before cluster_arrive(), by one thread.
   __device__ void expect(int32_t to, int32_t vectors) const {
     constexpr int32_t kBytes = sizeof(float4) + sizeof(float2);
     remote_expect(barrier, splits * share_of(to, vectors) * kBytes);

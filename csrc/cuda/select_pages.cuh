@@ -43,16 +43,16 @@ __device__ inline uint32_t add_to(uint32_t* count, uint32_t x) {
 constexpr int32_t kMostThreads = 512, kFewCandidates = 256, kFewChosen = kFewCandidates / 2;
 
 struct alignas(16) SelectScratch {
-  uint32_t histogram[2][256];  // in turn: one is cleared while the other is read
-  int32_t best[kMostThreads];
+  uint32_t histogram[2][256];        // in turn: one is cleared while the other is read
+  int32_t best[kMostThreads];        // without their last bit, as few_keys
   int32_t few_keys[kFewCandidates];  // zeros beyond the candidates
   int32_t few_pages[kFewCandidates], chosen[kFewChosen];
   uint2 candidates[32];        // key, page
   uint32_t low[32], high[32];  // one a warp
   float unread[32];            // one a warp
   uint32_t bin, above, in_bin, num_candidates, num_chosen;
-  uint32_t last_key;
-  int32_t last_page;  // of the last one chosen: those that come after it in key, then in page, are not
+  uint32_t last_key;  // chosen are those of greater keys, and those of this key up to last_page
+  int32_t last_page;
 };
 
 // Four bytes from global to shared memory, without a register between; complete after wait_for_copies().
@@ -115,16 +115,6 @@ struct SelectKeys {
       }
       f(first, j, batch);
     }
-  }
-  // The same, for f(page, j, key).
-  template <class F>
-  __device__ void for_own(F f) const {
-    for_batches([&](int32_t first, int32_t j, const uint32_t (&batch)[kKeyBatch]) {
-#pragma unroll
-      for (int u = 0; u < kKeyBatch; ++u) {
-        f(first + u * blockDim.x, j + u, batch[u]);
-      }
-    });
   }
 
   // Asks for this thread's scores: all are on their way at once.
@@ -200,10 +190,11 @@ __device__ bool select_few(SelectScratch& s, const SelectKeys<kStaged>& keys, ui
   const uint32_t below = (1u << lane) - 1, of_warp = __reduce_add_sync(~0u, __popc(mine));
   int32_t end = lane == 0 ? add_to(&s.num_candidates, of_warp) : 0;
   end = __shfl_sync(~0u, end, 0);
+  if (end + of_warp > kFewCandidates) mine = 0;  // too many, whatever this warp adds
 #pragma unroll 1
   for (uint32_t lanes; (lanes = __ballot_sync(~0u, mine != 0)) != 0; mine &= mine - 1, end += __popc(lanes)) {
     const int32_t at = end + __popc(lanes & below), i = threadIdx.x + (__ffs(mine) - 1) * blockDim.x;
-    if (mine != 0 && at < kFewCandidates) {
+    if (mine != 0) {
       s.few_keys[at] = (kStaged ? keys.staged[i] : keys.make(i)) >> 1, s.few_pages[at] = i;
     }
   }
@@ -287,7 +278,10 @@ __device__ void select_many(SelectScratch& s, const SelectKeys<kStaged>& keys, i
   const int32_t n = keys.n, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   uint32_t low = ~0u, high = 0;
   __syncthreads();  // keys are staged, and select_few is done with the scratch
-  keys.for_own([&](int32_t, int32_t, uint32_t key) { low = min(low, key ? key : ~0u), high = max(high, key); });
+  keys.for_batches([&](int32_t, int32_t, const uint32_t (&batch)[kKeyBatch]) {
+#pragma unroll
+    for (const uint32_t key : batch) low = min(low, key ? key : ~0u), high = max(high, key);
+  });
   low = __reduce_min_sync(~0u, low);
   high = __reduce_max_sync(~0u, high);
   if (lane == 0) s.low[warp] = low, s.high[warp] = high;

@@ -273,8 +273,8 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
   float* const parts = reinterpret_cast<float*>(selected + (kSelects ? plan.list_words(select) : 0));
   // Every block of a cluster owns a share of the elements. The others send it theirs, so that nobody waits for more.
   const int32_t heads = min(kHeads, static_cast<int32_t>(p.group) - first_head), vectors = heads * head_dim / 4;
-  __shared__ uint64_t all_sent;
-  const Inbox inbox(parts + plan.parts_words, all_sent, splits, plan.share);
+  __shared__ Barrier all_there;
+  const Inbox inbox(parts + plan.parts_words, all_there, splits, plan.share);
   const bool in_cluster = splits > 1 && scratch == nullptr;
   if (in_cluster) {
     if (threadIdx.x == 0) inbox.expect(split, vectors);
@@ -447,7 +447,7 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
   }
   if (!in_cluster) return;
   sum_unread();  // while the others' parts are on their way
-  remote_wait(all_sent);
+  remote_wait(all_there);
 #pragma unroll 1
   for (int32_t t = threadIdx.x; t < inbox.share_of(split, vectors); t += blockDim.x) {
     const int32_t i = split * inbox.share + t, g = 4 * i / head_dim;
