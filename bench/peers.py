@@ -8,7 +8,7 @@ case; prints each figure as it comes.
 Peers: FlashInfer (dense paged decode; sparse as one request a KV head; its top-k), torch.compile'd scoring,
 torch.topk, gather + scaled_dot_product_attention, FlexAttention. The best of each kind makes the pipeline that a user
 can assemble; what it needs in between (physical page ids, plans, block masks) is made outside the graph and not
-counted, and neither is its append.
+counted, and neither is its append. A peer that takes longer than PEER_LIMIT_S is left out from then on.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,6 +59,7 @@ SHORT = [("A", 1, 1024), ("A", 1, 2048), ("A", 1, 4096), ("A", 8, 2048), ("A", 8
 FP8_SCALE = 1 / 32  # normal keys and values stay well inside float8's range
 COLD_BYTES = 150 << 20  # three times the L2 of an H100: what a round of layers must touch
 RESULT = ROOT / "bench" / "results" / "cuda.json"
+PEER_LIMIT_S = 90  # some compile kernels of their own at first
 
 
 @dataclass
@@ -315,7 +318,24 @@ def best_peer(times: dict[str, float], kind: str) -> float | None:
     return min((us for name, us in times.items() if kind in name and not name.startswith("lil ")), default=None)
 
 
-def measure(name: tuple[str, int, int], with_peers: bool, bandwidth: float) -> dict:
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """TimeoutError where what is inside takes longer."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measure(name: tuple[str, int, int], with_peers: bool, bandwidth: float, too_slow: set[str]) -> dict:
+    """too_slow: peers that are not asked; one that turns out to be is added."""
     c = Case(*name)
     limits = {"attend 1024": c.attend_bytes, "score": c.score_bytes, "dense": c.dense_bytes}
     limit = {key: round(value / bandwidth * 1e6, 2) for key, value in limits.items()}
@@ -329,9 +349,14 @@ def measure(name: tuple[str, int, int], with_peers: bool, bandwidth: float) -> d
 
     run(ours(c))
     for rows in peers(c) if with_peers else []:
+        if rows.__name__ in too_slow:
+            continue
         try:
-            run(rows)
+            with at_most(PEER_LIMIT_S):
+                run(rows)
         except Exception as error:  # a peer may fail in any way
+            if isinstance(error, TimeoutError):
+                too_slow.add(rows.__name__)
             print(f"    {rows.__name__} left out: {error!r}"[:400], flush=True)
     case = {"shape": c.shape, "batch": c.batch, "context": c.context, "layers": c.num_layers, "us": times}
     pipeline = [best_peer(times, kind) for kind in ("score", "top", "1024")]
@@ -368,8 +393,9 @@ def main() -> None:
             out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"    {time.perf_counter() - start:.0f} s so far", flush=True)
 
+    too_slow: set[str] = set()
     for name in arguments.cases or CASES + SHORT:
-        result["cases"].append(measure(name, not arguments.quick, bandwidth))
+        result["cases"].append(measure(name, not arguments.quick, bandwidth, too_slow))
         keep()
     if out == RESULT:
         report()
