@@ -50,6 +50,7 @@ __device__ inline void remote_expect(Barrier& barrier, int32_t bytes) {
 // As remote_store; counted by that block's `barrier`.
 template <class V>
 __device__ inline void remote_send(V* here, int32_t rank, V value, Barrier& barrier) {
+  static_assert(sizeof(V) == 8 || sizeof(V) == 16);
 #if __CUDA_ARCH__ >= 900
   const auto there = [&](const void* p) {
     uint32_t address;

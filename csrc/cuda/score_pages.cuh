@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kScoreThreads, D > 192 ? 1 : 2)
   const int32_t h = blockIdx.x, b = blockIdx.z, lane = threadIdx.x % 32, n = lane / 4, c = lane % 4;
   const int32_t group = static_cast<int32_t>(p.group), blocks = ceil_div(group, kScoreHeads);
   const bool mean_std = p.summary.mode == SummaryMode::kMeanStd;
-  // Nothing may be read yet, but where it is can be known.
+  // Nothing may be read yet, but where it is can be known. (A block that appends has no pages, and reads none of this.)
   const int32_t first = first_page(append, tiles_per_warp, 0);
   const int32_t *first_entry = table_entry(p, b, h, first + n), *second_entry = table_entry(p, b, h, first + n + 8);
   const int32_t* seq_len = p.seq_lens + b;

@@ -96,7 +96,7 @@ struct SelectKeys {
   static constexpr int kAtOnce = 4;  // a lane's consecutive pages
 
   const float* scores;
-  uint32_t* staged;  // room for key_words(n)
+  uint32_t* staged;  // room for key_words(n, blockDim.x)
   int32_t n;
 
   __device__ uint32_t make(int32_t i) const { return i < n ? score_key(scores[i]) : 0; }
@@ -393,7 +393,8 @@ __device__ void select_many(SelectScratch& s, const SelectKeys<kStaged>& keys, i
 }
 
 // Weighs one token of each page of `keys` that comes after the last one chosen: log2 of each warp's sum goes to
-// s.unread. A warp's sum is relative to its own largest weight: the last one chosen may lie far above.
+// s.unread. A sum is relative to the largest weight in it, a thread's and then its warp's: the last one chosen may lie
+// far above.
 template <bool kStaged>
 __device__ void weigh_unread(SelectScratch& s, const SelectKeys<kStaged>& keys, float softcap) {
   const uint32_t last_key = s.last_key;
@@ -442,7 +443,7 @@ __device__ inline float log2_unread(const SelectScratch& s, PageSize page_size) 
 }
 
 // The pages that one KV head of sequence b reads, into `out`. The sequence has more pages than p.capacity. `staged`:
-// null, or room for the keys of so many pages. As the CPU's select_one: recent pages first, then the head of the
+// null, or room for key_words(all pages, blockDim.x). As the CPU's select_one: recent pages first, then the head of the
 // sequence, then the best of the rest. Returns the keys of the rest, for weigh_unread; keep_rest: they are made even if
 // none of them can be chosen.
 template <bool kStaged>

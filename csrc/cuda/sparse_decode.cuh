@@ -23,9 +23,10 @@ namespace lil::cuda {
 
 constexpr int kTile = 16;  // tokens a warp takes at a time
 constexpr int kMaxHeadDim = 256;
-constexpr int kTileHeads = 8;   // query heads of one product
-constexpr int kSplitTiles = 8;  // a split of a short list
-constexpr int kLongTiles = 32;  // a split of a list so long that it takes more
+constexpr int kMaxVectors = 512;  // of a head block: fours of its elements
+constexpr int kTileHeads = 8;     // query heads of one product
+constexpr int kSplitTiles = 8;    // a split of a short list
+constexpr int kLongTiles = 32;    // a split of a list so long that it takes more
 
 // Where the two halves of a tile lie, 8 tokens each (a page has at least 8), and which of the 16 take part.
 struct TilePlace {
@@ -230,7 +231,7 @@ struct SplitPlan {
   int32_t cluster_splits;  // a short list takes no more: all heads' clusters of so many run at once
   int32_t parts_words;     // shared memory of the warps' results, which the keys of a selection have before
   int32_t share;           // of a head block's elements, four at a time, that each block of a cluster merges
-  uint32_t to_block;       // which block that is: vector * to_block / 2^22
+  uint32_t to_block;       // which block that is: vector * to_block / 2^22, exact for kMaxVectors
 
   // 32-bit words of shared memory for a list made here, a multiple of 16 bytes.
   __host__ __device__ static int64_t list_words(const SelectPagesParams& select) {
@@ -263,6 +264,7 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
     sparse_decode_kernel(const __grid_constant__ SparseDecodeParams p, const __grid_constant__ Selecting selecting,
                          const SplitPlan plan, float* const scratch, ErrorWord* errors) {
   constexpr int kHeads = Engine::kHeads, kBlocks = kHeads / kTileHeads;
+  static_assert(kHeads * (kHeads > kTileHeads ? kMaxHeadDim / 2 : kMaxHeadDim) / 4 <= kMaxVectors);
   extern __shared__ uint4 shared[];
   const SelectPagesParams& select = selecting.pages;
   const int32_t head_dim = Engine::head_dim_of(p), warps = blockDim.x / 32, splits = gridDim.x;
@@ -303,6 +305,7 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
     // are there: queries, lengths, and the page table, which will be looked up in L1.
     Engine::stage_queries(p, b, h, first_head, shared);
     read_length();
+    __syncwarp();
     if (in_cluster) cluster_wait();
     constexpr int32_t kLine = 128 / sizeof(int32_t);
 #pragma unroll 1
