@@ -28,6 +28,8 @@ constexpr int kTileHeads = 8;     // query heads of one product
 constexpr int kSplitTiles = 8;    // a split of a short list
 constexpr int kLongTiles = 32;    // a split of a list so long that it takes more
 
+using StepKeys = SelectKeys<true, 8>;
+
 // Where the two halves of a tile lie, 8 tokens each (a page has at least 8), and which of the 16 take part.
 struct TilePlace {
   int64_t k[2], v[2];            // elements from the head's first row of page 0 to the half's first row
@@ -299,7 +301,7 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
   };
   Engine engine(p, h, shared);
   __shared__ std::conditional_t<kSelects, SelectScratch, int> select_scratch;
-  SelectKeys<true> left_out{};
+  StepKeys left_out{};
   if constexpr (kSelects) {
     // Whoever scored has waited for what came before it. So all but its scores and the cache may be read before they
     // are there: queries, lengths, and the page table, which will be looked up in L1.
@@ -319,8 +321,8 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
     let_next_start();
     // Every block of the head selects for itself: no launch more, and no list through memory.
     if (selects) {
-      left_out = select_pages_of<true>(select_scratch, select, b, h, list.length, reinterpret_cast<uint32_t*>(parts),
-                                       selected, selecting.loss);
+      left_out = select_pages_of<StepKeys>(select_scratch, select, b, h, list.length,
+                                           reinterpret_cast<uint32_t*>(parts), selected, selecting.loss);
     }
     __syncthreads();  // the list and the staged queries are complete
   } else {
@@ -347,6 +349,7 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
     max[block][0] = max[block][1] = -INFINITY;
     sum[block][0] = sum[block][1] = 0;
   }
+  const bool weighs = kSelects && selecting.loss && left_out.n > 0;
   TilePlace place{};
   bool placed = false;
 #pragma unroll 1
@@ -392,7 +395,7 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
     } else if constexpr (!kSelects) {
       Engine::stage_queries(p, b, h, first_head, shared);
       __syncthreads();
-    } else if (selecting.loss) {
+    } else if (weighs) {
       weigh_unread(select_scratch, left_out, p.softcap);
     }
     if (!more) break;
@@ -402,7 +405,7 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
   finding.report(errors, Op::kSparseDecode, b);
 
   // Warps leave their results in place of the keys that the selection staged there, once nobody looks at them.
-  if (kSelects && selecting.loss) __syncthreads();
+  if (weighs) __syncthreads();
   const Partials of_warp(parts, warps, kHeads, head_dim);
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
@@ -419,10 +422,10 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
   engine.store(of_warp.row(warp, 0), of_warp.pitch);
   __syncthreads();
 
-  Unread unread{selecting.loss, 0};
+  Unread unread{selecting.loss, -INFINITY};
   const auto sum_unread = [&] {
     if constexpr (kSelects) {
-      if (selecting.loss) unread.log2_sum = log2_unread(select_scratch, page_size);
+      if (weighs) unread.log2_sum = log2_unread(select_scratch, page_size);
     }
   };
   if (!in_cluster) sum_unread();
@@ -525,8 +528,9 @@ void launch_sparse_decode(const SparseDecodeParams& p, const Selecting& selectin
 
   const bool cluster = splits > 1 && splits <= kMaxCluster && has_clusters && fit(splits);
   const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim);
-  plan.parts_words = static_cast<int32_t>(std::max(Partials::size(plan.warps, Engine::kHeads, head_dim),
-                                                   select.scores ? key_words(select.max_pages, 32 * plan.warps) : 0));
+  plan.parts_words =
+      static_cast<int32_t>(std::max(Partials::size(plan.warps, Engine::kHeads, head_dim),
+                                    select.scores ? StepKeys::words(select.max_pages, 32 * plan.warps) : 0));
   const int32_t vectors = static_cast<int32_t>(std::min<int64_t>(p.group, Engine::kHeads)) * head_dim / 4;
   plan.share = (vectors + splits - 1) / splits;
   plan.to_block = ((1 << 22) + plan.share - 1) / plan.share;
