@@ -36,6 +36,11 @@ __device__ inline void mma_chunk(float (&acc)[4], uint4 low, uint4 high, uint4 b
 }
 
 // Queries as halves: bf16 reaches further, so each head is divided by its largest power of two (1 where there is none).
+__device__ inline float query_factor(float most) {
+  const uint32_t power = __float_as_uint(most) & 0x7f800000u;
+  return power == 0 || power == 0x7f800000u ? 1 : __uint_as_float(power);
+}
+
 // Heads lie `stride` elements apart from element `first` on; `padded` factors are written, a warp each.
 template <int D>
 __device__ inline void make_query_factors(const void* q, DType dtype, int64_t first, int64_t stride, int32_t heads,
@@ -47,8 +52,8 @@ __device__ inline void make_query_factors(const void* q, DType dtype, int64_t fi
     for (int32_t d = threadIdx.x % 32; d < D; d += 32) {
       if (g < heads) most = max(most, __float_as_uint(fabsf(load_float(q, dtype, first + g * stride + d))));
     }
-    most = __reduce_max_sync(~0u, most) & 0x7f800000u;
-    if (threadIdx.x % 32 == 0) factors[g] = most == 0 || most == 0x7f800000u ? 1 : __uint_as_float(most);
+    most = __reduce_max_sync(~0u, most);
+    if (threadIdx.x % 32 == 0) factors[g] = query_factor(__uint_as_float(most));
   }
 }
 

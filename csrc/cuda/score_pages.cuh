@@ -155,16 +155,34 @@ struct ScoreQueries {
 
   __device__ float factor(int32_t head) const { return divided ? factors[head] : 1; }
 
-  // Elements of one lane's share of chunk j of a half.
-  __device__ uint4 make(const ScorePagesParams& p, int32_t b, int32_t h, int32_t g, int32_t half, int32_t j) const {
-    const int32_t at = half * kSecond * 32 + j * 32 + threadIdx.x % 4 * 8, d = at - half * D;
+  // Eight elements of head g from d on.
+  __device__ static uint4 load(const ScorePagesParams& p, int32_t b, int32_t h, int32_t g, int32_t d) {
     if (g >= p.group || d < 0 || d >= D) return {0, 0, 0, 0};
     const auto* const q = static_cast<const uint16_t*>(p.q) + b * p.q_stride_b + (h * p.group + g) * p.q_stride_h + d;
-    const uint4 x = *reinterpret_cast<const uint4*>(q);
+    return *reinterpret_cast<const uint4*>(q);
+  }
+
+  // By a whole warp, lane (n, c) with the g of n.
+  __device__ static float make_factor(const ScorePagesParams& p, int32_t b, int32_t h, int32_t g) {
+    uint32_t most = 0;  // a pair of magnitudes, which are in order as integers
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      const uint4 x = load(p, b, h, g, j * 32 + threadIdx.x % 4 * 8);
+      constexpr uint32_t kAbs = 0x7fff7fff;
+      most = __vmaxu2(most, __vmaxu2(__vmaxu2(x.x & kAbs, x.y & kAbs), __vmaxu2(x.z & kAbs, x.w & kAbs)));
+    }
+    most = max(most & 0xffff, most >> 16);
+    most = max(most, __shfl_xor_sync(~0u, most, 1));
+    most = max(most, __shfl_xor_sync(~0u, most, 2));
+    return query_factor(load_float(&most, p.q_dtype, 0));
+  }
+
+  // Elements of one lane's share of chunk j of a half.
+  __device__ uint4 make(const ScorePagesParams& p, uint4 x, int32_t half, float factor) const {
     if constexpr (!kIsFloat8<T>) {
       if (!divided) return half == 0 ? min_vector<T>(x, {0, 0, 0, 0}) : max_vector<T>(x, {0, 0, 0, 0});
     }
-    const float inverse = 1 / factors[g];
+    const float inverse = 1 / factor;
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -184,15 +202,14 @@ struct ScoreQueries {
   }
 
   __device__ void stage(const ScorePagesParams& p, int32_t b, int32_t h, int32_t blocks) {
-    if (divided) {
-      const int64_t first = b * p.q_stride_b + h * p.group * p.q_stride_h;
-      make_query_factors<D>(p.q, p.q_dtype, first, p.q_stride_h, p.group, blocks * kScoreHeads, factors);
-      __syncthreads();
-    }
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < blocks * 2 * kChunks * 32; i += blockDim.x) {
       const int32_t block = i / (2 * kChunks * 32), half = i / (kChunks * 32) % 2, j = i / 32 % kChunks;
-      chunks[i] = make(p, b, h, block * kScoreHeads + i % 32 / 4, half, j);
+      const int32_t g = block * kScoreHeads + i % 32 / 4, d = (half * kSecond + j) * 32 + i % 4 * 8 - half * D;
+      const uint4 x = load(p, b, h, g, d);
+      const float factor = divided ? make_factor(p, b, h, g) : 1;
+      if (divided && half == 0 && j == 0 && i % 4 == 0) factors[g] = factor;
+      chunks[i] = make(p, x, half, factor);
     }
   }
 };

@@ -10,9 +10,6 @@ namespace {
 constexpr int kThreads = kMostThreads;
 
 template <bool kStaged>
-using Keys = SelectKeys<kStaged, 4>;  // all of 32k tokens at once, where pages have 16
-
-template <bool kStaged>
 __global__ void __launch_bounds__(kThreads)
     select_pages_kernel(const __grid_constant__ SelectPagesParams p, ErrorWord* errors) {
   __shared__ SelectScratch scratch;
@@ -30,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
     finding.report(errors, Op::kSelectPages, b);
   }
   if (pages > capacity) {
-    select_pages_of<Keys<kStaged>>(scratch, p, b, h, length, reinterpret_cast<uint32_t*>(staged), out, false);
+    select_pages_of<kStaged>(scratch, p, b, h, length, reinterpret_cast<uint32_t*>(staged), out, false);
   } else {
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < capacity; i += kThreads) out[i] = i < pages ? i : -1;
@@ -45,7 +42,7 @@ void select_pages(const SelectPagesParams& p, const Tensor& on) {
     allow_shared<select_pages_kernel<kStaged>>(shared);
     launch(select_pages_kernel<kStaged>, dim3(p.kv_heads, p.batch), kThreads, shared, 1, p, error_word());
   };
-  const size_t keys = Keys<true>::words(p.max_pages, kThreads) * sizeof(uint32_t);
+  const size_t keys = key_words(p.max_pages, kThreads) * sizeof(uint32_t);
   const bool fits = keys + sizeof(SelectScratch) <= current_device().max_shared;
   fits ? start.operator()<true>(keys) : start.operator()<false>(0);
 }

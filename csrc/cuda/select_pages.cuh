@@ -28,7 +28,11 @@ __device__ inline uint32_t score_key(float x) {
   return min(bits ^ (if_negative(bits) | 0x80000000u), kNanKey);
 }
 
-__device__ inline float score_of_key(uint32_t key) { return __uint_as_float(key ^ (~if_negative(key) | 0x80000000u)); }
+__device__ inline float score_of_key(uint32_t key) {
+  uint32_t bits;  // key ^ (~mask | the sign's bit), which the compiler makes two instructions of
+  asm("lop3.b32 %0, %1, %2, 0x80000000, 0x4b;" : "=r"(bits) : "r"(key), "r"(if_negative(key)));
+  return __uint_as_float(bits);
+}
 
 // Adds to a count in shared memory, by one lane of a warp; returns what it was. (atomicAdd would look for other lanes.)
 __device__ inline uint32_t add_to(uint32_t* count, uint32_t x) {
@@ -82,38 +86,36 @@ __device__ inline int32_t count_of(const int32_t* values, int32_t count, int32_t
   return found;
 }
 
-// The scores of pages [0, n) as keys: kept in shared memory, or made again in each pass where they are too many. A
-// thread takes kPages of them at a time.
-template <bool kStaged, int kPages>
+constexpr int kKeyBatch = 4;  // pages a thread takes at once; of more, more are in vain where sequences are short
+
+// Words of shared memory for the keys of so many pages.
+__host__ __device__ constexpr int64_t key_words(int64_t pages, int32_t threads) {
+  const int64_t batch = kKeyBatch * threads;
+  return (pages + batch - 1) / batch * batch;
+}
+
+// The scores of pages [0, n) as keys: kept in shared memory, or made again in each pass where they are too many.
+template <bool kStaged>
 struct SelectKeys {
-  static constexpr int kBatch = kPages;
   static constexpr int kAtOnce = 4;  // a lane's consecutive pages
-  using Batch = uint32_t[kBatch];
 
   const float* scores;
-  uint32_t* staged;  // room for words(n, blockDim.x)
+  uint32_t* staged;  // room for key_words(n, blockDim.x)
   int32_t n;
 
-  // Of shared memory for the keys of so many pages: whole batches of all threads.
-  static constexpr int64_t words(int64_t pages, int32_t threads) {
-    const int64_t batch = kBatch * threads;
-    return (pages + batch - 1) / batch * batch;
-  }
-
   __device__ uint32_t make(int32_t i) const { return i < n ? score_key(scores[i]) : 0; }
-  __device__ uint32_t of(int32_t i) const { return kStaged ? staged[i] : make(i); }
 
   // Calls f(page, j, keys) for this thread's pages, a batch at a time: the j-th is threadIdx.x + j * blockDim.x. (A
   // loop that asked for one key would wait for it.) Keys beyond n are 0, which no score has.
   template <class F>
   __device__ void for_batches(F f) const {
 #pragma unroll 1
-    for (int32_t first = threadIdx.x, j = 0; first < n; first += kBatch * blockDim.x, j += kBatch) {
-      Batch batch;
+    for (int32_t first = threadIdx.x, j = 0; first < n; first += kKeyBatch * blockDim.x, j += kKeyBatch) {
+      uint32_t batch[kKeyBatch];
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
+      for (int u = 0; u < kKeyBatch; ++u) {
         const int32_t i = first + u * blockDim.x;
-        batch[u] = of(i);
+        batch[u] = kStaged ? staged[i] : make(i);
       }
       f(first, j, batch);
     }
@@ -122,9 +124,9 @@ struct SelectKeys {
   // Asks for this thread's scores: all are on their way at once.
   __device__ void ask() const {
 #pragma unroll 1
-    for (int32_t first = threadIdx.x; kStaged && first < n; first += kBatch * blockDim.x) {
+    for (int32_t first = threadIdx.x; kStaged && first < n; first += kKeyBatch * blockDim.x) {
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
+      for (int u = 0; u < kKeyBatch; ++u) {
         const int32_t i = first + u * blockDim.x;
         copy_async(staged + i, scores + min(i, n - 1));
       }
@@ -135,9 +137,9 @@ struct SelectKeys {
   __device__ uint32_t stage() const {
     uint32_t best = 0;
     if constexpr (kStaged) wait_for_copies();
-    for_batches([&](int32_t first, int32_t, Batch& batch) {
+    for_batches([&](int32_t first, int32_t, uint32_t (&batch)[kKeyBatch]) {
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
+      for (int u = 0; u < kKeyBatch; ++u) {
         if constexpr (kStaged) {
           const int32_t i = first + u * blockDim.x;
           batch[u] = score_key(__uint_as_float(batch[u])) & if_negative(i - n);
@@ -168,9 +170,9 @@ __device__ inline void prepare_few(SelectScratch& s) {
 // keys, and seldom many more. They are ranked by comparing all with all. False, and nothing was written, where they are
 // too many or where equals would have to be told apart. Keys are compared without their last bit, as numbers that are
 // not negative: those that are the same without it are equals here.
-template <class Keys>
-__device__ bool select_few(SelectScratch& s, const Keys& keys, uint32_t best, int32_t k, int32_t first_page,
-                           int32_t* out) {
+template <bool kStaged>
+__device__ bool select_few(SelectScratch& s, const SelectKeys<kStaged>& keys, uint32_t best, int32_t k,
+                           int32_t first_page, int32_t* out) {
   const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;  // a power of two
   const int32_t share = (k + warps - 1) >> (31 - __clz(warps)), own = best >> 1;
   s.best[threadIdx.x] = own;
@@ -182,11 +184,11 @@ __device__ bool select_few(SelectScratch& s, const Keys& keys, uint32_t best, in
   const uint32_t least = max(1u, __reduce_min_sync(~0u, lane < warps ? s.low[lane] : ~0u));
 
   uint32_t mine = 0;  // bit j: this thread's j-th page
-  keys.for_batches([&](int32_t, int32_t j, const typename Keys::Batch& batch) {
+  keys.for_batches([&](int32_t, int32_t j, const uint32_t (&batch)[kKeyBatch]) {
     uint32_t misses = 0;
 #pragma unroll
-    for (int u = 0; u < Keys::kBatch; ++u) misses |= ((batch[u] >> 1) - least) >> 31 << u;
-    mine |= (~misses & ((1u << Keys::kBatch) - 1)) << j;
+    for (int u = 0; u < kKeyBatch; ++u) misses |= ((batch[u] >> 1) - least) >> 31 << u;
+    mine |= (~misses & ((1u << kKeyBatch) - 1)) << j;
   });
   // Every lane that has a page left adds one, all at once.
   const uint32_t below = (1u << lane) - 1, of_warp = __reduce_add_sync(~0u, __popc(mine));
@@ -197,7 +199,7 @@ __device__ bool select_few(SelectScratch& s, const Keys& keys, uint32_t best, in
   for (uint32_t lanes; (lanes = __ballot_sync(~0u, mine != 0)) != 0; mine &= mine - 1, end += __popc(lanes)) {
     const int32_t at = end + __popc(lanes & below), i = threadIdx.x + (__ffs(mine) - 1) * blockDim.x;
     if (mine != 0) {
-      s.few_keys[at] = keys.of(i) >> 1, s.few_pages[at] = i;
+      s.few_keys[at] = (kStaged ? keys.staged[i] : keys.make(i)) >> 1, s.few_pages[at] = i;
     }
   }
   __syncthreads();
@@ -273,13 +275,14 @@ __device__ inline uint32_t sum_before(uint32_t* one_a_warp, uint32_t x, uint32_t
 // As select_few, for any k. Keys are counted from the smallest and shifted up, so that the first digit already tells
 // most apart. The k-th best is found digit by digit (a histogram of eight bits a pass) until at most 32 pages can be
 // it; then those are compared with each other. One scan in page order writes the chosen pages.
-template <class Keys>
-__device__ void select_many(SelectScratch& s, const Keys& keys, int32_t k, int32_t first_page, int32_t* out) {
-  constexpr int32_t kStep = 32 * Keys::kAtOnce;
+template <bool kStaged>
+__device__ void select_many(SelectScratch& s, const SelectKeys<kStaged>& keys, int32_t k, int32_t first_page,
+                            int32_t* out) {
+  constexpr int32_t kStep = 32 * SelectKeys<kStaged>::kAtOnce;
   const int32_t n = keys.n, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   uint32_t low = ~0u, high = 0;
   __syncthreads();  // keys are staged, and select_few is done with the scratch
-  keys.for_batches([&](int32_t, int32_t, const typename Keys::Batch& batch) {
+  keys.for_batches([&](int32_t, int32_t, const uint32_t (&batch)[kKeyBatch]) {
 #pragma unroll
     for (const uint32_t key : batch) low = min(low, key ? key : ~0u), high = max(high, key);
   });
@@ -297,7 +300,8 @@ __device__ void select_many(SelectScratch& s, const Keys& keys, int32_t k, int32
   const int32_t stretch = ceil_div(n, warps * kStep) * kStep, begin = warp * stretch, end = min(n, begin + stretch);
   const auto for_each = [&](auto f) {
 #pragma unroll 1
-    for (int32_t i = begin + Keys::kAtOnce * lane; i - Keys::kAtOnce * lane < end; i += kStep) {
+    for (int32_t i = begin + SelectKeys<kStaged>::kAtOnce * lane; i - SelectKeys<kStaged>::kAtOnce * lane < end;
+         i += kStep) {
       const uint4 key = keys.load(min(i, (n - 1) & ~3));
       f(i, uint4{(key.x - low) << shift, (key.y - low) << shift, (key.z - low) << shift, (key.w - low) << shift});
     }
@@ -395,8 +399,8 @@ __device__ void select_many(SelectScratch& s, const Keys& keys, int32_t k, int32
 // Weighs one token of each page of `keys` that comes after the last one chosen: log2 of each warp's sum goes to
 // s.unread. A sum is relative to the largest weight in it, a thread's and then its warp's: the last one chosen may lie
 // far above.
-template <class Keys>
-__device__ void weigh_unread(SelectScratch& s, const Keys& keys, float softcap) {
+template <bool kStaged>
+__device__ void weigh_unread(SelectScratch& s, const SelectKeys<kStaged>& keys, float softcap) {
   const uint32_t last_key = s.last_key;
   const int32_t last_page = s.last_page;
   uint32_t most = kLeastKey;  // which weighs nothing
@@ -404,10 +408,10 @@ __device__ void weigh_unread(SelectScratch& s, const Keys& keys, float softcap) 
   const auto relative_to = [&](uint32_t key) { return log2_weight(score_of_key(key), softcap); };
   // Without branches, so that the pages of a batch are weighed at once.
   const auto add = [&](auto capped) {
-    keys.for_batches([&](int32_t first, int32_t, typename Keys::Batch& batch) {
+    keys.for_batches([&](int32_t first, int32_t, uint32_t (&batch)[kKeyBatch]) {
       const float before = relative_to(most);
 #pragma unroll
-      for (int u = 0; u < Keys::kBatch; ++u) {
+      for (int u = 0; u < kKeyBatch; ++u) {
         const uint32_t is_later = (last_page - (first + u * blockDim.x)) >> 31;
         batch[u] = max(batch[u] & if_less(batch[u], last_key + is_later), kLeastKey);
         most = max(most, batch[u]);
@@ -443,12 +447,12 @@ __device__ inline float log2_unread(const SelectScratch& s, PageSize page_size) 
 }
 
 // The pages that one KV head of sequence b reads, into `out`. The sequence has more pages than p.capacity. `staged`:
-// null, or room for Keys::words(all pages, blockDim.x). As the CPU's select_one: recent pages first, then the head of
-// the sequence, then the best of the rest. Returns the keys of the rest, for weigh_unread; keep_rest: they are made
-// even if none of them can be chosen.
-template <class Keys>
-__device__ Keys select_pages_of(SelectScratch& s, const SelectPagesParams& p, int32_t b, int32_t h, int32_t length,
-                                uint32_t* staged, int32_t* out, bool keep_rest) {
+// null, or room for key_words(all pages, blockDim.x). As the CPU's select_one: recent pages first, then the head of the
+// sequence, then the best of the rest. Returns the keys of the rest, for weigh_unread; keep_rest: they are made even if
+// none of them can be chosen.
+template <bool kStaged>
+__device__ SelectKeys<kStaged> select_pages_of(SelectScratch& s, const SelectPagesParams& p, int32_t b, int32_t h,
+                                               int32_t length, uint32_t* staged, int32_t* out, bool keep_rest) {
   const PageSize page_size(p.page_size);
   const int32_t pages = page_size.pages(length), capacity = static_cast<int32_t>(p.capacity);
   const int32_t recent = page_size.page(max(0, length - static_cast<int32_t>(p.recent)));
@@ -456,7 +460,7 @@ __device__ Keys select_pages_of(SelectScratch& s, const SelectPagesParams& p, in
   const int32_t room = capacity - (pages - recent);
   const int32_t head = min(min(recent, room), min(pages, page_size.page(protect) + (page_size.slot(protect) != 0)));
   const int32_t k = room - head;
-  const Keys keys{p.scores + b * p.stride_b + h * p.stride_h + head, staged, recent - head};
+  const SelectKeys<kStaged> keys{p.scores + b * p.stride_b + h * p.stride_h + head, staged, recent - head};
   if (k > 0 || keep_rest) keys.ask();
   prepare_few(s);
   for (int32_t i = threadIdx.x; i < head; i += blockDim.x) out[i] = i;

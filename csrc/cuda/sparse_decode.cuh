@@ -28,8 +28,6 @@ constexpr int kTileHeads = 8;     // query heads of one product
 constexpr int kSplitTiles = 8;    // a split of a short list
 constexpr int kLongTiles = 32;    // a split of a list so long that it takes more
 
-using StepKeys = SelectKeys<true, 8>;
-
 // Where the two halves of a tile lie, 8 tokens each (a page has at least 8), and which of the 16 take part.
 struct TilePlace {
   int64_t k[2], v[2];            // elements from the head's first row of page 0 to the half's first row
@@ -301,7 +299,7 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
   };
   Engine engine(p, h, shared);
   __shared__ std::conditional_t<kSelects, SelectScratch, int> select_scratch;
-  StepKeys left_out{};
+  SelectKeys<true> left_out{};
   if constexpr (kSelects) {
     // Whoever scored has waited for what came before it. So all but its scores and the cache may be read before they
     // are there: queries, lengths, and the page table, which will be looked up in L1.
@@ -321,8 +319,8 @@ __global__ void __launch_bounds__(256, Engine::kBlocksPerSm)
     let_next_start();
     // Every block of the head selects for itself: no launch more, and no list through memory.
     if (selects) {
-      left_out = select_pages_of<StepKeys>(select_scratch, select, b, h, list.length,
-                                           reinterpret_cast<uint32_t*>(parts), selected, selecting.loss);
+      left_out = select_pages_of<true>(select_scratch, select, b, h, list.length, reinterpret_cast<uint32_t*>(parts),
+                                       selected, selecting.loss);
     }
     __syncthreads();  // the list and the staged queries are complete
   } else {
@@ -528,9 +526,8 @@ void launch_sparse_decode(const SparseDecodeParams& p, const Selecting& selectin
 
   const bool cluster = splits > 1 && splits <= kMaxCluster && has_clusters && fit(splits);
   const int32_t head_dim = static_cast<int32_t>(p.cache.head_dim);
-  plan.parts_words =
-      static_cast<int32_t>(std::max(Partials::size(plan.warps, Engine::kHeads, head_dim),
-                                    select.scores ? StepKeys::words(select.max_pages, 32 * plan.warps) : 0));
+  plan.parts_words = static_cast<int32_t>(std::max(Partials::size(plan.warps, Engine::kHeads, head_dim),
+                                                   select.scores ? key_words(select.max_pages, 32 * plan.warps) : 0));
   const int32_t vectors = static_cast<int32_t>(std::min<int64_t>(p.group, Engine::kHeads)) * head_dim / 4;
   plan.share = (vectors + splits - 1) / splits;
   plan.to_block = ((1 << 22) + plan.share - 1) / plan.share;
