@@ -3,7 +3,7 @@
 
 Each figure is the median of CUDA-graph replays over enough distinct layers that L2 cannot help. Ours, of which some
 differ by little, take turns, and the median of the turns counts. Peers that are not installed, or cannot do a case, are
-left out. Writes JSON with device, versions, commit and every figure after each case; prints each figure as it comes.
+left out. Writes JSON with device, versions, commit and every figure after each case, and prints them.
 
 Peers: FlashInfer (dense paged decode; sparse as one request a KV head; its top-k), torch.compile'd scoring,
 torch.topk, gather + scaled_dot_product_attention, FlexAttention. The best of each kind makes the pipeline that a user
@@ -316,6 +316,13 @@ def captured(c: Case, step: Step) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def times_in_turns(c: Case, rows: list[tuple[str, Step]]) -> dict[str, float]:
+    """Microseconds of a layer, of each variant. Their steps keep the tensors that the graphs use."""
+    graphs = [captured(c, step) for _, step in rows]
+    turns = [[layer_us(graph, c.num_layers) for graph in graphs] for _ in range(TURNS)]
+    return {name: statistics.median(us) for (name, _), us in zip(rows, zip(*turns, strict=True), strict=True)}
+
+
 def best_peer(times: dict[str, float], kind: str) -> float | None:
     return min((us for name, us in times.items() if kind in name and not name.startswith("lil ")), default=None)
 
@@ -348,11 +355,8 @@ def measure(name: tuple[str, int, int], with_peers: bool, bandwidth: float, too_
         times[variant] = round(us, 2)
         print(f"    {variant:36} {us:9.2f} us", flush=True)
 
-    rows = list(ours(c))  # whose steps keep the tensors that the graphs use
-    graphs = [captured(c, step) for _, step in rows]
-    turns = [[layer_us(graph, c.num_layers) for graph in graphs] for _ in range(TURNS)]
-    for (variant, _), us in zip(rows, zip(*turns, strict=True), strict=True):
-        keep(variant, statistics.median(us))
+    for variant, us in times_in_turns(c, list(ours(c))).items():
+        keep(variant, us)
     for rows in peers(c) if with_peers else []:
         if rows.__name__ in too_slow:
             continue

@@ -48,7 +48,7 @@ DENSE = "The same kernel over the whole sequence. *Peer*: FlashInfer's best mode
 SHORT = "The step reads 1024 tokens at most, dense all; append + dense does what the step replaces. Asked: 0.97x."
 FP8 = "float8 keys, values and summaries against bf16. Asked: 1.6x for attention at batch 32."
 OPERATORS = """*Four*: append, score, select and attend as calls of their own. *Loss adds*: asked, at most 3 % of the
-step; in the last column, to that of float8 summaries."""
+step. *With float8*: the same of float8 summaries."""
 PEERS = "Every peer, against our variant that does the same."
 LZ77 = """## LZ77 on CUDA
 

@@ -86,6 +86,7 @@ def test_meanstd_of_keys_that_are_small_beside_the_queries(device, dtype):
     lengths=st.lists(st.integers(0, 300), min_size=1, max_size=3),
     page_size=st.sampled_from(PAGE_SIZES),
     group=st.integers(1, 17),
+    head_dim=st.sampled_from(HEAD_DIMS),
     dtypes=st.tuples(st.sampled_from([*DTYPES, FLOAT8]), st.sampled_from(DTYPES)),
     scales=st.sampled_from(SCALES),
     mode=st.sampled_from(["minmax", "meanstd"]),
@@ -93,11 +94,11 @@ def test_meanstd_of_keys_that_are_small_beside_the_queries(device, dtype):
     scale=st.sampled_from([None, 0.01, 0.3]),
     seed=st.integers(0, 99),
 )
-def test_any_mode(device, lengths, page_size, group, dtypes, scales, mode, per_head, scale, seed):
+def test_any_mode(device, lengths, page_size, group, head_dim, dtypes, scales, mode, per_head, scale, seed):
     scales = scales if dtypes[0] == FLOAT8 else None
-    cache = paged(device, lengths, page_size=page_size, dtype=dtypes[0], per_head=per_head, seed=seed, scales=scales,
-                  summary_mode=mode)  # fmt: skip
-    q = queries(device, len(lengths), 2 * group, 64, dtypes[1], seed)
+    cache = paged(device, lengths, head_dim=head_dim, page_size=page_size, dtype=dtypes[0], per_head=per_head,
+                  seed=seed, scales=scales, summary_mode=mode)  # fmt: skip
+    q = queries(device, len(lengths), 2 * group, head_dim, dtypes[1], seed)
     check(cache, q, page_size, scale=scale, summary_mode=mode)
 
 
@@ -116,6 +117,19 @@ def test_queries_that_are_large_or_small_beside_float8_keys(device, dtype, mode)
     )
     for actual, want in zip(scores, expected, strict=True):
         assert relative_error(actual, want) < (TOLERANCE[dtype] if mode == "meanstd" else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["minmax", "meanstd"])
+def test_queries_of_zeros_and_nan_beside_float8_keys(device, dtype, mode):
+    cache = paged(device, [100], head_dim=80, dtype=FLOAT8, summary_mode=mode)
+    q = queries(device, 1, 4, 80, dtype)
+    q[0, 0], q[0, 3, 7] = 0, torch.nan
+    scores = check(cache, q[:, :2].repeat_interleave(2, 1), 16, summary_mode=mode)
+    assert (scores[0, 0, :7] == 0).all()
+    args = (cache.summary, cache.page_table, cache.seq_lens, 16)
+    scores = lil_ops.score_pages(q, *args, summary_mode=mode, k_scale=cache.k_scale)
+    assert scores[0, 0, :7].isfinite().all() and scores[0, 1, :7].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT8])

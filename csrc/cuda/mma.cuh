@@ -35,7 +35,8 @@ __device__ inline void mma_chunk(float (&acc)[4], uint4 low, uint4 high, uint4 b
   mma<T>(acc, low.z, high.z, low.w, high.w, b.z, b.w);
 }
 
-// Queries as halves: bf16 reaches further, so each head is divided by its largest power of two (1 where there is none).
+// Queries as halves: bf16 reaches further, so each head is divided by its largest power of two (1 where there is none,
+// or where there are infinities or NaN). most: the largest magnitude of the head.
 __device__ inline float query_factor(float most) {
   const uint32_t power = __float_as_uint(most) & 0x7f800000u;
   return power == 0 || power == 0x7f800000u ? 1 : __uint_as_float(power);

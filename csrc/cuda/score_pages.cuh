@@ -177,12 +177,12 @@ struct ScoreQueries {
     return query_factor(load_float(&most, p.q_dtype, 0));
   }
 
-  // Elements of one lane's share of chunk j of a half.
-  __device__ uint4 make(const ScorePagesParams& p, uint4 x, int32_t half, float factor) const {
+  // Eight elements of a head as a half's columns have them.
+  __device__ uint4 make(const ScorePagesParams& p, uint4 x, int32_t half, float divisor) const {
     if constexpr (!kIsFloat8<T>) {
       if (!divided) return half == 0 ? min_vector<T>(x, {0, 0, 0, 0}) : max_vector<T>(x, {0, 0, 0, 0});
     }
-    const float inverse = 1 / factor;
+    const float inverse = 1 / divisor;
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -207,9 +207,9 @@ struct ScoreQueries {
       const int32_t block = i / (2 * kChunks * 32), half = i / (kChunks * 32) % 2, j = i / 32 % kChunks;
       const int32_t g = block * kScoreHeads + i % 32 / 4, d = (half * kSecond + j) * 32 + i % 4 * 8 - half * D;
       const uint4 x = load(p, b, h, g, d);
-      const float factor = divided ? make_factor(p, b, h, g) : 1;
-      if (divided && half == 0 && j == 0 && i % 4 == 0) factors[g] = factor;
-      chunks[i] = make(p, x, half, factor);
+      const float divisor = divided ? make_factor(p, b, h, g) : 1;
+      if (divided && half == 0 && j == 0 && i % 4 == 0) factors[g] = divisor;
+      chunks[i] = make(p, x, half, divisor);
     }
   }
 };
