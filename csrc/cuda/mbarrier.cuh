@@ -1,15 +1,13 @@
 // Barriers in shared memory that count arrivals and bytes (Hopper and newer).
 #pragma once
 
-#include <cstdint>
+#include "cuda/numbers.cuh"
 
 namespace lil::cuda {
 
 using Barrier = uint64_t;  // an mbarrier
 
 #if __CUDA_ARCH__ >= 900
-
-__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 __device__ inline void barrier_init(Barrier& barrier, int32_t arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");

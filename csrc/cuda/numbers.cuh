@@ -229,6 +229,9 @@ __device__ inline uint4 max_vector(uint4 a, uint4 b) {
   return {max_word<T>(a.x, b.x), max_word<T>(a.y, b.y), max_word<T>(a.z, b.z), max_word<T>(a.w, b.w)};
 }
 
+// Of shared memory, as assembly takes it.
+__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
 // Asks for a line of L1.
 __device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 

@@ -37,10 +37,7 @@ __device__ inline float score_of_key(uint32_t key) {
 // Adds to a count in shared memory, by one lane of a warp; returns what it was. (atomicAdd would look for other lanes.)
 __device__ inline uint32_t add_to(uint32_t* count, uint32_t x) {
   uint32_t before;
-  asm volatile("atom.shared.add.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(count))), "r"(x)
-               : "memory");
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(shared_address(count)), "r"(x) : "memory");
   return before;
 }
 
@@ -61,9 +58,7 @@ struct alignas(16) SelectScratch {
 
 // Four bytes from global to shared memory, without a register between; complete after wait_for_copies().
 __device__ inline void copy_async(uint32_t* to, const float* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from)
-               : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
